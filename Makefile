@@ -1,0 +1,33 @@
+# make demo: install and run the main job on the embedded model.   make test: the tests.   make lab: JupyterLab.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lab format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/dynq run dynq-tiny --target 3.5bpw --out runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest tests
+
+check: .venv/installed
+	$(BIN)/ruff check dynq tests
+	$(BIN)/ruff format --check dynq tests
+	$(BIN)/mypy
+
+lab: .venv/installed
+	$(BIN)/jupyter lab notebooks
+
+format: .venv/installed
+	$(BIN)/ruff check --fix dynq tests
+	$(BIN)/ruff format dynq tests
+
+clean:
+	rm -rf runs build dist

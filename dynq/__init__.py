@@ -1,0 +1,30 @@
+"""dynq: the best GGUF file of a language model for a given size.
+
+Nothing heavy is imported here: ``dynq.quantize`` and its kin load their module on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it
+_HOME = {
+    "quantize": "dynq.codec",
+    "dequantize": "dynq.codec",
+    "weighted_error": "dynq.codec",
+    "open_checkpoint": "dynq.checkpoint",
+    "Recipe": "dynq.recipe",
+    "DynqError": "dynq.errors",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
