@@ -1,0 +1,425 @@
+"""Choose a format for every tensor: the smallest predicted KL divergence within a number of bytes.
+
+One format out of several for each tensor, the sum of bytes bounded, the sum of losses smallest: a multiple-choice
+knapsack. `choose` solves it; `allocate` turns a sensitivity table and a target such as "3.5bpw" into a `Recipe`.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynq import formats, mixes
+from dynq.errors import DynqError
+from dynq.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from dynq.checkpoint import TensorInfo
+
+PROFILES: dict[str, frozenset[str] | None] = {
+    "all": None,
+    # formats that llama.cpp repacks for NEON and the i8mm instructions, and 16 bits
+    "cpu-arm": frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q8_0", "F16"}),
+    "k-quants": frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"}),
+}
+"""Name -> the formats it allows (None: all)."""
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_SPELLED = {"kb": "kB", "mb": "MB", "gb": "GB", "tb": "TB", "kib": "KiB", "mib": "MiB", "gib": "GiB", "tib": "TiB"}
+
+
+# --- what the user asks for -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """A size. kind "bpw": bits over all weights; "file": bytes of the whole file; "like": as the mix named `like`."""
+
+    text: str
+    kind: str
+    value: float = 0.0
+    unit: str = ""
+    like: str = ""
+
+
+def parse_target(text: str) -> Target:
+    """ "3.5bpw", "8GB", "750MB", "2.5GiB" or "like:Q4_K_M" as a `Target`; DynqError with examples for anything else.
+
+    GB is 10^9 bytes and GiB 2^30, both of the whole file. Case and blanks do not matter.
+    """
+    plain = re.sub(r"\s+", "", text)
+    if plain.lower().startswith("like:"):
+        name = plain[5:].upper()
+        if name not in mixes.MIXES:
+            raise DynqError(f"target {text!r}: no mix {plain[5:]!r}; llama.cpp's mixes are {', '.join(mixes.MIXES)}")
+        return Target(text, "like", like=name)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(bpw|bits?|[kmgt]i?b)", plain.lower())
+    if not match or float(match[1]) <= 0:
+        raise DynqError(
+            f'target {text!r} is not a size; write it as "3.5bpw", "8GB", "750MB", "2.5GiB" or "like:Q4_K_M"'
+        )
+    number, unit = float(match[1]), match[2]
+    if unit in _UNITS:
+        return Target(text, "file", number * _UNITS[unit], unit)
+    return Target(text, "bpw", number, "bpw")
+
+
+def parse_pins(texts: Iterable[str]) -> dict[str, str]:
+    """["token_embd.weight=Q8_0", "blk.*.attn_v.weight>=Q5_K"] as the `pins` of `allocate`; DynqError if malformed."""
+    pins: dict[str, str] = {}
+    for text in texts:
+        match = re.fullmatch(r"\s*([^\s<>=]+)\s*(=|<=|>=)\s*([^\s<>=]+)\s*", text)
+        if not match:
+            raise DynqError(
+                f'pin {text!r}: write TENSORS=FORMAT, for example "blk.*.attn_v.weight=Q6_K" (or >= or <= as bounds)'
+            )
+        glob, relation, fmt = match.groups()
+        pins[glob] = ("" if relation == "=" else relation) + fmt
+    return pins
+
+
+# --- the solver -------------------------------------------------------------------------------------------------------
+
+_MAX_STATES = 20_000
+
+
+def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budget: int) -> list[int]:
+    """The index of one choice per item, with the smallest total loss whose total bytes stay within `budget`.
+
+    bytes_[i], loss[i]: bytes (int) and loss (float, finite) of each choice of item i; the lengths may differ.
+    ValueError if even the smallest choices do not fit.
+
+    Method: Lagrangian relaxation (each item takes the smallest of loss + lambda * bytes, which walks its convex hull),
+    lambda by bisection; greedy filling of what is left; then the few choices whose reduced cost does not exceed the
+    gap between the two are searched by dynamic programming over undominated (bytes, loss) states, as in D. Pisinger,
+    "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995). The result is optimal to about
+    1e-9 of the loss, unless more than 20,000 states of one stage survive, where the most promising are kept.
+    Being optimal it is monotone in the budget, and what is left over is less than the smallest step that would help.
+    """
+    n = len(bytes_)
+    if n == 0:
+        return []
+    width = max(np.size(b) for b in bytes_)
+    size = np.full((n, width), np.iinfo(np.int64).max // (4 * n), dtype=np.int64)
+    cost = np.full((n, width), np.inf)
+    for i, (b, x) in enumerate(zip(bytes_, loss, strict=True)):
+        size[i, : np.size(b)] = b
+        cost[i, : np.size(b)] = x
+    if size.min(axis=1).sum() > budget:
+        raise ValueError(f"the smallest choices need {size.min(axis=1).sum()} bytes, more than {budget}")
+    # Fewest bytes first, then least loss: argmin then takes the smallest of equal choices.
+    order = np.lexsort((cost, size), axis=1)
+    size, cost = np.take_along_axis(size, order, 1), np.take_along_axis(cost, order, 1)
+    picked = _solve(size, cost, int(budget))
+    return [int(order[i, j]) for i, j in enumerate(picked)]
+
+
+def _solve(size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]:
+    rows = np.arange(len(size))
+    picked = cost.argmin(axis=1)
+    if size[rows, picked].sum() <= budget:
+        return picked
+    # A choice that costs more bytes and no less loss than another is never taken.
+    best_so_far = np.minimum.accumulate(cost, axis=1)
+    cost = np.where(np.c_[np.zeros(len(cost), bool), cost[:, 1:] >= best_so_far[:, :-1]], np.inf, cost)
+
+    multiplier, picked = _bisect(size, cost, budget)
+    penalised = cost + multiplier * size
+    reduced = penalised - penalised[rows, picked][:, None]
+    start = picked
+    picked = _fill(size, cost, picked, budget)
+    # How much better than `picked` any solution can be: the duality gap.
+    gap = float(reduced[rows, picked].sum() + multiplier * (budget - size[rows, picked].sum()))
+    return _search(size, reduced, multiplier, start, picked, gap, budget)
+
+
+def _bisect(
+    size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], budget: int
+) -> tuple[float, npt.NDArray[np.int64]]:
+    """The smallest multiplier (loss per byte), to floating point, whose unconstrained choice fits; and that choice."""
+    rows = np.arange(len(size))
+
+    def at(multiplier: float) -> npt.NDArray[np.int64]:
+        return (cost + multiplier * size).argmin(axis=1)
+
+    low, high = 0.0, 1e-12
+    while size[rows, at(high)].sum() > budget:
+        low, high = high, high * 64
+    picked = at(high)
+    while high - low > 1e-12 * high:
+        middle = math.sqrt(low * high) if low > 0 and high > 4 * low else (low + high) / 2
+        trial = at(middle)
+        if size[rows, trial].sum() <= budget:
+            high, picked = middle, trial
+        else:
+            low = middle
+    return high, picked
+
+
+def _fill(
+    size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], picked: npt.NDArray[np.int64], budget: int
+) -> npt.NDArray[np.int64]:
+    """Spend the bytes left on single exchanges, the one with the most loss saved per byte first, until none fits."""
+    rows, picked = np.arange(len(size)), picked.copy()
+    left = budget - int(size[rows, picked].sum())
+    while True:
+        step = size - size[rows, picked][:, None]
+        saved = cost[rows, picked][:, None] - cost
+        useful = (step <= left) & (saved > 0)
+        if not useful.any():
+            return picked
+        rate = np.where(useful, saved / np.maximum(step, 1), 0.0)
+        i, j = np.unravel_index(rate.argmax(), rate.shape)
+        left -= int(step[i, j])
+        picked[i] = j
+
+
+def _search(
+    size: npt.NDArray[np.int64],
+    reduced: npt.NDArray[np.float64],
+    multiplier: float,
+    start: npt.NDArray[np.int64],
+    picked: npt.NDArray[np.int64],
+    gap: float,
+    budget: int,
+) -> npt.NDArray[np.int64]:
+    """Dynamic programming over the choices that could still close the gap.
+
+    A state is a set of exchanges away from `start`: (bytes over start's, sum of reduced costs). Its loss above the
+    lower bound is that sum plus multiplier * bytes left, so a state whose sum reaches the gap is dropped.
+    """
+    rows = np.arange(len(size))
+    left = budget - int(size[rows, start].sum())
+    slight = 1e-12 * abs(gap)
+    open_ = (reduced < gap - slight) & np.isfinite(reduced)
+    open_[rows, start] = False
+    items = np.flatnonzero(open_.any(axis=1))
+    items = items[np.argsort(np.where(open_, reduced, np.inf).min(axis=1)[items], kind="stable")]
+    step = {i: size[i, open_[i]] - size[i, start[i]] for i in items.tolist()}
+    # The most that the items not yet looked at can still release or take up.
+    release = np.array([min(0, x.min()) for x in step.values()] + [0], dtype=np.int64)[::-1].cumsum()[::-1]
+    take_up = np.array([max(0, x.max()) for x in step.values()] + [0], dtype=np.int64)[::-1].cumsum()[::-1]
+
+    used, total = np.zeros(1, np.int64), np.zeros(1)
+    trail: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # per item: each state's parent, its choice
+    for stage, item in enumerate(items.tolist()):
+        choices = np.r_[start[item], np.flatnonzero(open_[item])]
+        new_used = (used[None] + np.r_[0, step[item]][:, None]).ravel()
+        new_total = (total[None] + reduced[item, choices][:, None]).ravel()
+
+        # Each state, with start's choices for the rest, is a solution if it fits.
+        value = np.where(new_used <= left, new_total + multiplier * (left - new_used), np.inf)
+        k = int(value.argmin())
+        if float(value[k]) < gap - slight:
+            gap = float(value[k])
+            picked = start.copy()
+            picked[item], state = choices[k // len(used)], k % len(used)
+            for earlier in range(stage - 1, -1, -1):
+                parents, chosen = trail[earlier]
+                picked[items[earlier]], state = chosen[state], int(parents[state])
+
+        bound = new_total + multiplier * np.maximum(left - new_used - take_up[stage + 1], 0)
+        keep = np.flatnonzero((bound < gap - slight) & (new_used + release[stage + 1] <= left))
+        # Undominated: in the order of bytes, only those with less loss than all before.
+        loss = (new_total - multiplier * new_used)[keep]
+        order = np.lexsort((loss, new_used[keep]))
+        lowest = np.minimum.accumulate(loss[order])
+        keep = keep[order[np.r_[True, lowest[1:] < lowest[:-1]][: len(order)]]]
+        if len(keep) > _MAX_STATES:
+            keep = keep[np.argsort(new_total[keep], kind="stable")[:_MAX_STATES]]
+        if not len(keep):
+            break
+        trail.append((keep % len(used), choices[keep // len(used)]))
+        used, total = new_used[keep], new_total[keep]
+    return picked
+
+
+# --- from a sensitivity table to a recipe -----------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=100_000)
+def _stored(fmt: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """What a tensor asked to be `fmt` is stored as, after llama.cpp's fallback for its row, and its bytes."""
+    real = formats.usable(fmt, shape[-1])
+    return real, formats.tensor_bytes(real, shape)
+
+
+def allocate(
+    table: "pyarrow.Table",
+    checkpoint_tensors: "Mapping[str, TensorInfo]",
+    target: str | Target,
+    *,
+    metadata: Mapping[str, Any],
+    header_bytes: int = 0,
+    pins: Mapping[str, str] | None = None,
+    profile: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    has_importance: bool = True,
+) -> Recipe:
+    """The recipe of smallest predicted KL divergence within a target size.
+
+    table: columns tensor, format, predicted_kld (nats per token); one row per candidate. Candidates that llama.cpp's
+    row fallback makes the same format are one; bytes are computed from the shapes.
+    checkpoint_tensors: every tensor of the file; those not quantizable are stored as F32.
+    metadata: the GGUF's key/values (alignment, and what llama.cpp's mixes depend on). header_bytes: bytes of the file
+    before tensor data, for targets in bytes, where each tensor's padding counts as well.
+    pins: glob over tensor names -> format, or ">=FORMAT" or "<=FORMAT" (bounds in bits per weight); where several
+    match a tensor, the last counts. profile: a key of PROFILES.
+    has_importance: whether the mix of a "like:" target is the one made with an importance matrix.
+
+    A target above the largest candidates takes the largest and says so in provenance["allocation"]["note"].
+    DynqError: a target below the smallest possible size (which is said in the target's unit), a pin that matches
+    nothing or asks for a format without a row in the table, a profile that leaves a tensor nothing, a table that does
+    not belong to these tensors.
+    """
+    target = parse_target(target) if isinstance(target, str) else target
+    fixed = {name: "F32" for name, info in checkpoint_tensors.items() if not info.quantizable}
+    candidates = _candidates(table, checkpoint_tensors, pins or {}, profile)
+
+    align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
+    n_weights = sum(math.prod(info.shape) for info in checkpoint_tensors.values())
+    outside = sum(_pad(_stored(fmt, tuple(checkpoint_tensors[name].shape))[1], align) for name, fmt in fixed.items())
+    if target.kind == "bpw":
+        budget = math.floor(target.value * n_weights / 8)
+    elif target.kind == "file":
+        budget = math.floor(target.value)
+        outside += header_bytes
+    else:
+        budget = mixes.mix_bytes(target.like, checkpoint_tensors, metadata, has_importance)
+
+    names = list(candidates)
+    sizes = [[_pad(size, align) for _, size, _ in candidates[name]] for name in names]
+    losses = [[loss for _, _, loss in candidates[name]] for name in names]
+    smallest = outside + sum(map(min, sizes))
+    if smallest > budget:
+        raise DynqError(_too_small(target, smallest, n_weights, budget))
+    picked = choose(sizes, losses, budget - outside)
+
+    chosen = {name: candidates[name][j] for name, j in zip(names, picked, strict=True)}
+    recipe = {name: fixed.get(name) or chosen[name][0] for name in checkpoint_tensors}
+    tensor_bytes = sum(_stored(fmt, tuple(checkpoint_tensors[name].shape))[1] for name, fmt in recipe.items())
+    used = outside + sum(size[j] for size, j in zip(sizes, picked, strict=True))
+    allocation: dict[str, Any] = {"budget_bytes": budget, "used_bytes": used, "profile": profile or "all"}
+    allocation["pins"] = dict(pins or {})
+    if all(loss[j] <= min(loss) for loss, j in zip(losses, picked, strict=True)) and budget > used:
+        allocation["note"] = (
+            f"the target {target.text} is more than the best of the candidate formats need: "
+            f"{_in_unit(target, used, n_weights)} is the largest, and it was taken"
+        )
+    return Recipe(
+        formats=recipe,
+        target=target.text,
+        tensor_bytes=tensor_bytes,
+        bpw=8 * tensor_bytes / n_weights,
+        predicted_kld=float(math.fsum(loss for _, _, loss in chosen.values())),
+        provenance={**(provenance or {}), "allocation": allocation},
+    )
+
+
+def _pad(size: int, align: int) -> int:
+    return -(-size // align) * align
+
+
+def _candidates(
+    table: "pyarrow.Table", tensors: "Mapping[str, TensorInfo]", pins: Mapping[str, str], profile: str | None
+) -> dict[str, list[tuple[str, int, float]]]:
+    """Per quantizable tensor its (format, bytes, loss), after fallbacks, profile and pins."""
+    if profile is not None and profile not in PROFILES:
+        raise DynqError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
+    allowed = PROFILES[profile] if profile else None
+    measured: dict[str, dict[str, tuple[str, int, float]]] = {
+        name: {} for name, info in tensors.items() if info.quantizable
+    }
+    columns = (table.column(c).to_pylist() for c in ("tensor", "format", "predicted_kld"))
+    for name, fmt, loss in zip(*columns, strict=True):
+        if name not in measured:
+            raise DynqError(
+                f"the sensitivity table has {name}, which this model does not quantize: another model's table"
+            )
+        if loss is None or not math.isfinite(loss):
+            raise DynqError(f"the sensitivity table has {loss} for {name} as {fmt}; measure the sensitivity again")
+        real, size = _stored(fmt, tensors[name].shape)
+        if real == fmt or real not in measured[name]:
+            measured[name][real] = real, size, loss
+    pinned = _match_pins(pins, tensors)
+
+    result: dict[str, list[tuple[str, int, float]]] = {}
+    for name, found in measured.items():
+        if not found:
+            raise DynqError(f"the sensitivity table has no row for {name}; measure the sensitivity again")
+        rows = list(found.values())
+        if name in pinned:
+            rows = _pin(name, tensors[name].shape, rows, pinned[name])
+        elif allowed is not None:
+            rows = [row for row in rows if row[0] in allowed]
+            if not rows:
+                raise DynqError(f"the profile {profile} allows {name} none of {', '.join(found)}; measure more formats")
+        result[name] = rows
+    return result
+
+
+def _match_pins(pins: Mapping[str, str], tensors: "Mapping[str, TensorInfo]") -> dict[str, str]:
+    """The pin of each tensor that has one; the last that matches counts."""
+    pinned: dict[str, str] = {}
+    for glob, wanted in pins.items():
+        formats.get(wanted.lstrip("<>="))  # DynqError naming the known ones
+        matches = [name for name in tensors if fnmatchcase(name, glob)]
+        if not matches:
+            near = difflib.get_close_matches(glob.replace("*", "0"), tensors, n=3, cutoff=0.5)
+            near += [name for name in difflib.get_close_matches(glob, tensors, n=2, cutoff=0.5) if name not in near]
+            hint = f"; near: {', '.join(near[:3])}" if near else f"; names look like {', '.join(list(tensors)[:3])}"
+            raise DynqError(f"pin {glob!r} matches no tensor{hint}")
+        quantizable = [name for name in matches if tensors[name].quantizable]
+        if not quantizable:
+            raise DynqError(f"pin {glob!r} matches only tensors that llama.cpp keeps in F32, such as {matches[0]}")
+        pinned.update(dict.fromkeys(quantizable, wanted))
+    return pinned
+
+
+def _pin(
+    name: str, shape: tuple[int, ...], rows: list[tuple[str, int, float]], wanted: str
+) -> list[tuple[str, int, float]]:
+    real, size = _stored(wanted.lstrip("<>="), shape)
+    if wanted.startswith(">="):
+        kept = [row for row in rows if row[1] >= size]
+    elif wanted.startswith("<="):
+        kept = [row for row in rows if row[1] <= size]
+    else:
+        kept = [row for row in rows if row[0] == real]
+        if not kept and real in ("F32", "F16", "BF16"):
+            kept = [(real, size, 0.0)]  # 16 bits: no loss worth a measurement
+    if not kept:
+        raise DynqError(
+            f"pin {name}={wanted}: no sensitivity was measured for it (only {', '.join(row[0] for row in rows)}); "
+            "add the format to the sensitivity step or pin one of these"
+        )
+    return kept
+
+
+def _in_unit(target: Target, size: float, n_weights: int, up: bool = False) -> str:
+    """`size` bytes in the target's unit, three digits after the point, rounded up if it must suffice."""
+    if target.kind == "bpw":
+        number, unit = 8 * size / n_weights, "bpw"
+    elif target.kind == "file":
+        number, unit = size / _UNITS[target.unit], _SPELLED[target.unit]
+    else:
+        number, unit = size / 1e6, "MB of tensor data"
+    number = math.ceil(number * 1000) / 1000 if up else number
+    return f"{number:.3f} {unit}"
+
+
+def _too_small(target: Target, smallest: int, n_weights: int, budget: int) -> str:
+    what = f" ({_in_unit(target, budget, n_weights)})" if target.kind == "like" else ""
+    return (
+        f"target {target.text}{what} is below what the candidate formats, pins and shapes allow: "
+        f"the smallest possible is {_in_unit(target, smallest, n_weights, up=True)}"
+    )
