@@ -89,7 +89,7 @@ def parse_pins(texts: Iterable[str]) -> dict[str, str]:
 
 # --- the solver -------------------------------------------------------------------------------------------------------
 
-_MAX_STATES = 20_000
+_MAX_STATES = 4_000
 
 
 def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budget: int) -> list[int]:
@@ -102,7 +102,7 @@ def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budge
     lambda by bisection; greedy filling of what is left; then the few choices whose reduced cost does not exceed the
     gap between the two are searched by dynamic programming over undominated (bytes, loss) states, as in D. Pisinger,
     "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83 (1995). The result is optimal to about
-    1e-9 of the loss, unless more than 20,000 states of one stage survive, where the most promising are kept.
+    1e-9 of the loss, unless more than 4,000 states of one stage survive, where the most promising are kept.
     Being optimal it is monotone in the budget, and what is left over is less than the smallest step that would help.
     """
     n = len(bytes_)
