@@ -1,0 +1,225 @@
+"""What libllama's own quantizer decides for each tensor: `python tests/record_mixes.py` writes tests/data/mixes.json.
+
+Needs llama-cpp-python (the extra `bench`). Small GGUF files are made whose metadata are those of real shapes of model
+and whose tensors have two rows only (a dry run never looks at more), then `llama_model_quantize` is asked, dry, for
+each mix, with and without an importance matrix, and the types are read from what it logs.
+"""
+
+import ctypes
+import functools
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+
+DATA = Path(__file__).parent / "data" / "mixes.json"
+
+
+class Tensor(NamedTuple):
+    """The part of a TensorInfo that mixes and allocation look at."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def layer(self) -> int | None:
+        return int(self.name.split(".")[1]) if self.name.startswith("blk.") else None
+
+    @property
+    def kind(self) -> str:
+        return self.name.split(".")[-2]
+
+    @property
+    def quantizable(self) -> bool:
+        # none of the models here has any other tensor of two dimensions that stays F32
+        return len(self.shape) > 1 and self.kind != "ffn_gate_inp"
+
+
+class Model(NamedTuple):
+    arch: str
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+    embd: int = 256  # row of every matrix but ffn_down
+    ff: int = 512  # row of ffn_down
+    experts: int = 0
+    bias: bool = False
+    fused: bool = False  # attn_qkv instead of three
+
+    def metadata(self) -> dict[str, Any]:
+        a = self.arch
+        return {
+            "general.architecture": a,
+            f"{a}.block_count": self.layers,
+            f"{a}.attention.head_count": self.heads,
+            f"{a}.attention.head_count_kv": self.kv_heads,
+        } | ({f"{a}.expert_count": self.experts} if self.experts else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In file order: embedding, layers, final norm, output."""
+        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, self.embd)}
+        stack, suffix = ((2,), "_exps") if self.experts else ((), "")
+        for i in range(self.layers):
+            layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (self.embd,)}
+            for kind in ("attn_qkv",) if self.fused else ("attn_q", "attn_k", "attn_v"):
+                layer[f"{kind}.weight"] = (2, self.embd)
+                if self.bias:
+                    layer[f"{kind}.bias"] = (2,)
+            layer |= {"attn_output.weight": (2, self.embd), "ffn_norm.weight": (self.embd,)}
+            if self.experts:
+                layer["ffn_gate_inp.weight"] = (2, self.embd)
+            layer |= {f"ffn_{kind}{suffix}.weight": (*stack, 2, self.embd) for kind in ("gate", "up")}
+            layer[f"ffn_down{suffix}.weight"] = (*stack, 2, self.ff)
+            shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
+        shapes["output_norm.weight"] = (self.embd,)
+        if not self.tied:
+            shapes["output.weight"] = (4, self.embd)
+        return {name: Tensor(name, shape) for name, shape in shapes.items()}
+
+    def write(self, path: Path) -> None:
+        a = self.arch
+        writer = gguf.GGUFWriter(path, a)
+        for key, value in self.metadata().items():
+            if key != "general.architecture":
+                writer.add_uint32(key, value)
+        writer.add_uint32(f"{a}.context_length", 64)
+        writer.add_uint32(f"{a}.embedding_length", self.embd)
+        writer.add_uint32(f"{a}.feed_forward_length", self.ff)
+        writer.add_float32(f"{a}.attention.layer_norm_rms_epsilon", 1e-6)
+        if self.experts:
+            writer.add_uint32(f"{a}.expert_used_count", 2)
+            writer.add_uint32(f"{a}.expert_feed_forward_length", self.ff)
+        for name, tensor in self.tensors().items():
+            writer.add_tensor(name, np.ones(tensor.shape, np.float16 if tensor.quantizable else np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+MODELS = {
+    "llama, 4 layers, no shared heads": Model("llama", 4, 8, 8),
+    "llama, 12 layers, 2 heads shared, tied": Model("llama", 12, 8, 4, tied=True),
+    "llama, 32 layers, 4 heads shared (8B)": Model("llama", 32, 32, 8),
+    "llama, 32 layers, no shared heads (7B)": Model("llama", 32, 32, 32),
+    "llama, 80 layers, 8 heads shared (70B)": Model("llama", 80, 64, 8),
+    "llama, 80 layers, no shared heads (65B)": Model("llama", 80, 64, 64),
+    "llama, 6 layers, rows of 288 and 352": Model("llama", 6, 8, 2, embd=288, ff=352),
+    "llama, 6 layers, rows of 288 and 512, tied": Model("llama", 6, 8, 2, tied=True, embd=288, ff=512),
+    "llama, 6 layers, rows of 256 and 40": Model("llama", 6, 8, 2, ff=40),
+    "llama, 6 layers, rows of 40 and 512, tied": Model("llama", 6, 8, 2, tied=True, embd=40),
+    "llama, 32 layers, 8 experts": Model("llama", 32, 32, 8, experts=8),
+    "llama, 80 layers, 8 experts": Model("llama", 80, 64, 8, experts=8),
+    "llama, 9 layers, 4 experts": Model("llama", 9, 8, 4, experts=4),
+    "qwen2, 24 layers, 7 heads shared, tied": Model("qwen2", 24, 14, 2, tied=True, bias=True),
+    "qwen2, 28 layers, 7 heads shared": Model("qwen2", 28, 28, 4, bias=True),
+    "qwen2, 80 layers, 8 heads shared": Model("qwen2", 80, 64, 8, bias=True),
+    "qwen2, 80 layers, no shared heads": Model("qwen2", 80, 64, 64, bias=True),
+    "qwen3, 28 layers, 2 heads shared, tied": Model("qwen3", 28, 16, 8, tied=True),
+    "qwen3, 36 layers, 4 heads shared": Model("qwen3", 36, 32, 8),
+    "qwen3, 80 layers, 8 heads shared": Model("qwen3", 80, 64, 8),
+    "qwen3moe, 48 layers, 128 experts": Model("qwen3moe", 48, 32, 4, experts=128),
+    "phi3, 32 layers, fused qkv": Model("phi3", 32, 32, 32, fused=True),
+}
+
+# llama_ftype of include/llama.h
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12}
+FILE_TYPES |= {
+    "Q3_K_L": 13,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "Q2_K_S": 21,
+    "BF16": 32,
+}
+
+
+def dry_run(path: Path, mix: str, has_importance: bool) -> dict[str, str]:
+    """Tensor -> type, as libllama would write `path` as `mix`."""
+    import llama_cpp
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def log(level: int, text: bytes, user_data: object) -> None:
+        lines.append(text.decode(errors="replace"))
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.dry_run, params.nthread = FILE_TYPES[mix], True, 1
+    one = np.ones(1, np.float32)
+    entry = llama_cpp.llama_model_imatrix_data
+    # any entry at all makes it "with an importance matrix"; a null name ends the list
+    matrix = (entry * 2)(entry(b"none", one.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 1), entry(None, None, 0))
+    if has_importance:
+        params.imatrix = ctypes.cast(matrix, ctypes.POINTER(entry))
+    llama_cpp.llama_log_set(log, ctypes.c_void_p())
+    try:
+        failed = llama_cpp.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params))
+    finally:
+        llama_cpp.llama_log_set(_silent(), ctypes.c_void_p())
+    text = "".join(lines)
+    if failed:
+        raise RuntimeError(f"{path} as {mix}: {text[-500:]}")
+    found = re.findall(r"^\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$", text, re.MULTILINE)
+    return {name: (new or old).upper() for name, old, new in found}
+
+
+@functools.cache  # libllama keeps the pointer
+def _silent() -> Any:
+    import llama_cpp
+
+    return llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+
+
+def runs(types: dict[str, str]) -> dict[str, str]:
+    """Types per kind of tensor, run-length over the layers: {"attn_v": "Q6_K*4 Q4_K*2 ..."}; F32 left out."""
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for name, fmt in types.items():
+        tensor = Tensor(name, ())
+        if fmt != "F32":
+            kinds.setdefault(tensor.kind, []).append((tensor.layer or 0, fmt))
+    return {
+        kind: " ".join(f"{fmt}*{len(list(same))}" for fmt, same in itertools.groupby(fmt for _, fmt in sorted(found)))
+        for kind, found in sorted(kinds.items())
+    }
+
+
+def decisions() -> Iterator[tuple[str, str, bool, dict[str, str]]]:
+    """(model, mix, has_importance, runs of the types) of every model and mix, from libllama."""
+    with tempfile.TemporaryDirectory() as folder:
+        for title, model in MODELS.items():
+            path = Path(folder) / "model.gguf"
+            model.write(path)
+            for mix, has_importance in itertools.product(FILE_TYPES, (False, True)):
+                types = dry_run(path, mix, has_importance)
+                assert set(types) == set(model.tensors()), (title, mix)
+                yield title, mix, has_importance, runs(types)
+
+
+def main() -> None:
+    import llama_cpp
+
+    record: dict[str, Any] = {"made_with": f"llama-cpp-python {llama_cpp.__version__}", "models": {}}
+    for title, mix, has_importance, found in decisions():
+        entry = record["models"].setdefault(title, {}).setdefault(mix, {})
+        entry["with importance" if has_importance else "without"] = found
+    for mixes in record["models"].values():
+        for entry in mixes.values():
+            if entry["with importance"] == entry["without"]:
+                del entry["with importance"]
+    DATA.parent.mkdir(exist_ok=True)
+    DATA.write_text(json.dumps(record, indent=0, sort_keys=True) + "\n")
+    print(f"{DATA}: {len(MODELS)} models, {len(FILE_TYPES)} mixes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The mixes against libllama's own decisions: recorded ones always, live ones where llama-cpp-python is installed."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+from record_mixes import DATA, FILE_TYPES, MODELS, decisions, runs
+
+from dynq import mixes
+from dynq.errors import DynqError
+
+RECORD = json.loads(DATA.read_text())["models"]
+
+
+def ours(title: str, mix: str, has_importance: bool) -> dict[str, str]:
+    model = MODELS[title]
+    return runs(mixes.mix(mix, model.tensors(), model.metadata(), has_importance))
+
+
+def test_record_holds_every_model_and_mix():
+    assert set(RECORD) == set(MODELS)
+    assert set(FILE_TYPES) == set(mixes.MIXES)
+    assert all(set(found) == set(mixes.MIXES) for found in RECORD.values())
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_same_as_recorded(title):
+    for mix, found in RECORD[title].items():
+        assert ours(title, mix, False) == found["without"], mix
+        assert ours(title, mix, True) == found.get("with importance", found["without"]), mix
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python (the extra bench)")
+def test_same_as_libllama_here():
+    for title, mix, has_importance, found in decisions():
+        assert ours(title, mix, has_importance) == found, (title, mix, has_importance)
+
+
+def test_order_of_tensors_does_not_matter():
+    model = MODELS["llama, 32 layers, 4 heads shared (8B)"]
+    tensors = model.tensors()
+    backwards = dict(reversed(tensors.items()))
+    found = mixes.mix("Q4_K_M", backwards, model.metadata(), True)
+    assert list(found) == list(backwards)
+    assert found == mixes.mix("Q4_K_M", tensors, model.metadata(), True)
+
+
+def test_head_counts_per_layer():
+    model = MODELS["llama, 32 layers, 4 heads shared (8B)"]
+    metadata = model.metadata() | {"llama.attention.head_count": [32] * 32, "llama.attention.head_count_kv": [8] * 32}
+    assert mixes.mix("Q2_K", model.tensors(), metadata, True) == mixes.mix(
+        "Q2_K", model.tensors(), model.metadata(), True
+    )
+
+
+def test_what_is_missing_is_named():
+    model = MODELS["llama, 4 layers, no shared heads"]
+    with pytest.raises(DynqError, match="Q4_K_M"):
+        mixes.mix("Q4_K_XL", model.tensors(), model.metadata(), True)
+    with pytest.raises(DynqError, match=r"llama\.block_count"):
+        mixes.mix("Q4_K_M", model.tensors(), {"general.architecture": "llama", "llama.attention.head_count": 8}, True)
+
+
+def test_bytes_by_hand():
+    model = MODELS["llama, 4 layers, no shared heads"]._replace(layers=1)
+    # Q4_0: 18 bytes for 32; q, k, v, o, gate, up of 2 x 256 and down of 2 x 512; output (Q6_K, 210 for 256) and
+    # embedding of 4 x 256; three norms of 256 floats
+    by_hand = (6 * 512 + 1024 + 1024) // 32 * 18 + 4 * 210 + 3 * 256 * 4
+    assert mixes.mix_bytes("Q4_0", model.tensors(), model.metadata(), False) == by_hand
+
+
+def test_neighbours_enclose_every_size():
+    model = MODELS["llama, 32 layers, 4 heads shared (8B)"]
+    arguments = model.tensors(), model.metadata(), True
+    size = {name: mixes.mix_bytes(name, *arguments) for name in mixes.BASELINES}
+    for tensor_bytes in range(min(size.values()), max(size.values()), 1009):
+        below, above, inside = mixes.neighbours(tensor_bytes, *arguments)
+        assert inside and size[below] <= tensor_bytes <= size[above]
+        assert not any(size[below] < s < size[above] for s in size.values())
+    assert mixes.neighbours(size["Q4_K_M"], *arguments) == ("Q4_K_M", "Q4_K_M", True)
+    assert mixes.neighbours(1, *arguments) == ("Q2_K_S", "Q2_K_S", False)
+    assert mixes.neighbours(10**12, *arguments) == ("F16", "F16", False)
+    assert mixes.neighbours(1, *arguments[:2], False).below == "Q2_K"  # Q2_K_S asks for an importance matrix
+
+
+def test_interpolation_is_linear_in_the_logarithm():
+    low, high = (100.0, 0.4), (200.0, 0.1)
+    assert mixes.interpolate_kld(150, low, high) == pytest.approx(0.2)
+    assert mixes.interpolate_kld(150, high, low) == pytest.approx(0.2)
+    assert mixes.interpolate_kld(125, low, high) == pytest.approx(math.exp(0.75 * math.log(0.4) + 0.25 * math.log(0.1)))
+    assert (mixes.interpolate_kld(100, low, high), mixes.interpolate_kld(200, low, high)) == (0.4, 0.1)
+    assert (mixes.interpolate_kld(1, low, high), mixes.interpolate_kld(999, low, high)) == (0.4, 0.1)
+    assert mixes.interpolate_kld(100, low, low) == 0.4
+    with pytest.raises(ValueError, match="logarithm"):
+        mixes.interpolate_kld(150, (100, 0.0), high)
