@@ -1,0 +1,83 @@
+"""Calibration: text through the model, importance and Fisher samples out.
+
+Importance is llama.cpp's: for every linear layer the sum over tokens of x_j^2 for each input channel j (tools/imatrix of
+llama.cpp), written as ``imatrix.gguf``. The head is collected too, as ``llama-imatrix --process-output`` does; for tied
+models it stands under ``token_embd.weight``, because that is the tensor that multiplies.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from dynq.checkpoint import Checkpoint
+from dynq.errors import DynqError
+from dynq.fisher import HEAD, Fisher, Recorder, batch_samples, true_fisher_backward
+from dynq.imatrix import Importance, write_imatrix
+from dynq.progress import progress
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: np.ndarray,
+    folder: Path,
+    *,
+    seed: int = 0,
+    batch: int = 4,
+    keep: int = 1024,
+    source: str = "",
+) -> Importance:
+    """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
+
+    tokens: int32 ``[n_chunks, n_ctx]``; model: the float32 transformers model of the checkpoint; batch: sequences that
+    go through it at once; keep: Fisher samples per layer over all batches; source: said in the imatrix as its data
+    set. Batches that are there already are not computed again, so an interrupted calibration goes on where it stopped:
+    the caller clears ``fisher/`` when the inputs have changed.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise DynqError(f"calibration text of shape {tokens.shape}: need [chunks, tokens per chunk >= 2]")
+    fisher = folder / "fisher"
+    fisher.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(tokens), batch)
+    todo = [(i, start) for i, start in enumerate(starts) if not (fisher / f"{i:05d}.safetensors").exists()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    recorder = Recorder(model, checkpoint)
+    try:
+        for i, start in progress(todo, desc="calibrate", unit="batch"):
+            recorder.clear()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+            ids = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(model.device)
+            true_fisher_backward(model, ids, generator)
+            share = -(-keep * len(ids) // len(tokens))
+            samples, groups = batch_samples(recorder, len(ids), share, generator)
+            part = fisher / f"{i:05d}.partial"
+            save_file(samples, part, {"tokens": str(ids.numel()), "groups": json.dumps(groups)})
+            part.replace(fisher / f"{i:05d}.safetensors")
+    finally:
+        recorder.close()
+    importance = _importance(checkpoint, Fisher(fisher), tokens, source)
+    write_imatrix(folder / "imatrix.gguf", importance)
+    return importance
+
+
+def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, source: str) -> Importance:
+    sums, counts = {}, {}
+    for name in fisher.group:
+        sum2 = fisher.in_sum2(name)
+        if sum2 is None:
+            continue  # an embedding has no inputs; llama-imatrix leaves it out too
+        tensor = "token_embd.weight" if name == HEAD and checkpoint.tied else name
+        sums[tensor] = sum2.astype(np.float32)[None, :]
+        counts[tensor] = np.array([tokens.size], dtype=np.float32)
+    return Importance(
+        sums={n: sums[n] for n in checkpoint.tensors if n in sums},
+        counts={n: counts[n] for n in checkpoint.tensors if n in counts},
+        datasets=[source] if source else [],
+        chunk_count=len(tokens),
+        chunk_size=tokens.shape[1],
+    )

@@ -1,0 +1,203 @@
+"""KL divergence, perplexity and top-1 agreement, scored as ``llama-perplexity --kl-divergence`` does it.
+
+The text is cut into chunks of n_ctx tokens; each chunk is one forward pass, and the predictions from position
+n_ctx / 2 on are scored (tools/perplexity of llama.cpp). The reference's log-probabilities are computed once and kept
+in a file of 16 bits each, with 24 nats of range below the best token (llama.cpp's own file keeps 16).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynq.errors import DynqError
+from dynq.progress import progress
+
+RANGE = 24.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.00037
+STEP = np.float32(RANGE / 65535)
+TOP_PERCENTILES = (99.9, 99.0, 95.0, 90.0)
+LOW_PERCENTILES = (10.0, 5.0, 1.0, 0.1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original model's log-probabilities on the evaluation text.
+
+    tokens int32 ``[n_chunks, n_ctx]``; positions ``first .. n_ctx - 2`` of each chunk are scored; depth uint16
+    ``[n_chunks, scored, n_vocab]`` (a memory map): how many steps a token lies below the best one.
+    """
+
+    tokens: np.ndarray
+    first: int
+    depth: np.ndarray
+
+    @property
+    def scored(self) -> int:
+        """Scored predictions in one chunk."""
+        return self.tokens.shape[1] - 1 - self.first
+
+    def log_probs(self, chunk: int, device: Any = "cpu") -> torch.Tensor:
+        """float32 ``[scored, n_vocab]``, normalised again after the rounding to 16 bits."""
+        depth = torch.from_numpy(self.depth[chunk].astype(np.float32)).to(device)
+        return torch.log_softmax(depth.mul_(-float(STEP)), dim=-1)
+
+
+def _forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
+    """Log-probabilities float32 ``[chunks, scored, n_vocab]`` of a few chunks."""
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
+    # logits_to_keep spares the head the positions that are not scored
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+    return torch.log_softmax(logits[:, :-1].float(), dim=-1)
+
+
+def _batches(n_chunks: int, batch: int, desc: str) -> Iterator[range]:
+    starts = range(0, n_chunks, batch)
+    for start in progress(starts, desc=desc, unit="batch") if desc else starts:
+        yield range(start, min(start + batch, n_chunks))
+
+
+@torch.inference_mode()
+def make_reference(
+    model: Any, tokens: np.ndarray, path: Path, *, first: int | None = None, batch: int = 2, desc: str = "reference"
+) -> Reference:
+    """Run the original once over tokens int32 ``[n_chunks, n_ctx]`` and keep its log-probabilities under ``path``.
+
+    ``path`` names two files, ``path.json`` and ``path.u16``. first: the first scored position, n_ctx / 2 by default.
+    Raises DynqError where the disk has no room, before anything is computed.
+    """
+    n_chunks, n_ctx = tokens.shape
+    first = n_ctx // 2 if first is None else first
+    shape = (n_chunks, n_ctx - 1 - first, model.config.get_text_config().vocab_size)
+    need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
+    if need > free:
+        raise DynqError(
+            f"{path.parent}: the reference's log-probabilities need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+            "free; take fewer chunks or another folder"
+        )
+    partial = path.with_suffix(".u16.partial")
+    depth = np.memmap(partial, np.uint16, "w+", shape=shape)
+    for chunks in _batches(n_chunks, batch, desc):
+        log_p = _forward(model, tokens[chunks.start : chunks.stop], first)
+        steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
+        depth[chunks.start : chunks.stop] = steps.cpu().numpy().astype(np.uint16)
+    depth.flush()
+    del depth
+    partial.replace(path.with_suffix(".u16"))
+    header = {"first": first, "n_vocab": shape[2], "tokens": tokens.tolist()}
+    path.with_suffix(".json").write_text(json.dumps(header))
+    return open_reference(path)
+
+
+def open_reference(path: Path) -> Reference:
+    """Open what `make_reference` wrote; nothing but the tokens is read into memory."""
+    header = json.loads(path.with_suffix(".json").read_text())
+    tokens = np.array(header["tokens"], dtype=np.int32)
+    shape = (len(tokens), tokens.shape[1] - 1 - header["first"], header["n_vocab"])
+    file = path.with_suffix(".u16")
+    if os.path.getsize(file) != 2 * int(np.prod(shape)):
+        raise DynqError(f"{file}: {os.path.getsize(file)} bytes, {2 * int(np.prod(shape))} expected; delete it")
+    return Reference(tokens, header["first"], np.memmap(file, np.uint16, "r", shape=shape))
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """One entry for each scored token, float64 ``[n]`` each (same_top: bool).
+
+    kld in nats; nll and nll_base: -log p of the token that follows in the text, quantized and original; p_diff: change
+    of its probability.
+    """
+
+    kld: np.ndarray
+    nll: np.ndarray
+    nll_base: np.ndarray
+    p_diff: np.ndarray
+    same_top: np.ndarray
+
+
+@torch.inference_mode()
+def measure(
+    model: Any, reference: Reference, *, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
+) -> TokenScores:
+    """Scores of a model against the reference, token by token, on its first ``chunks`` chunks (all by default).
+
+    An empty desc means no progress bar.
+    """
+    if model.config.get_text_config().vocab_size != reference.depth.shape[2]:
+        raise DynqError(
+            f"the model has {model.config.get_text_config().vocab_size} tokens in its vocabulary, the reference "
+            f"{reference.depth.shape[2]}: not the same model"
+        )
+    columns: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores)}
+    total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
+    for span in _batches(total, batch, desc):
+        log_q = _forward(model, reference.tokens[span.start : span.stop], reference.first)
+        for chunk, lq in zip(span, log_q, strict=True):
+            lp = reference.log_probs(chunk, lq.device)
+            target = torch.from_numpy(reference.tokens[chunk, reference.first + 1 :].astype(np.int64)).to(lq.device)
+            nll, nll_base = (-x.gather(-1, target[:, None])[:, 0].double() for x in (lq, lp))
+            row = {
+                "kld": (lp.exp() * (lp - lq)).sum(-1).double(),
+                "nll": nll,
+                "nll_base": nll_base,
+                "p_diff": (-nll).exp() - (-nll_base).exp(),
+                "same_top": lp.argmax(-1) == lq.argmax(-1),
+            }
+            for name, value in row.items():
+                columns[name].append(value.cpu().numpy())
+    return TokenScores(**{name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error, as llama-perplexity computes them."""
+    n = len(values)
+    return float(values.mean()), float(np.sqrt(max(values.var(), 0.0) / (n - 1))) if n > 10 else 0.0
+
+
+def statistics(scores: TokenScores) -> dict[str, float]:
+    """The table that ``llama-perplexity --kl-divergence`` prints, under its names; errors end in " ±".
+
+    Probability changes and agreements are fractions, not percent.
+    """
+    out: dict[str, float] = {}
+
+    def put(name: str, value: float, error: float) -> None:
+        out[name], out[f"{name} ±"] = float(value), float(error)
+
+    (nll, nll_error), (base, base_error) = mean_and_error(scores.nll), mean_and_error(scores.nll_base)
+    n = len(scores.nll)
+    covariance = float(np.mean(scores.nll * scores.nll_base) - nll * base) / (n - 1) if n > 10 else 0.0
+    ppl, ppl_base = np.exp(nll), np.exp(base)
+    put("Mean PPL(Q)", ppl, ppl * nll_error)
+    put("Mean PPL(base)", ppl_base, ppl_base * base_error)
+    out["Cor(ln(PPL(Q)), ln(PPL(base)))"] = covariance / (nll_error * base_error) if nll_error * base_error else 1.0
+    ratio_error = float(np.sqrt(max(nll_error**2 + base_error**2 - 2 * covariance, 0.0)))
+    put("Mean ln(PPL(Q)/PPL(base))", nll - base, ratio_error)
+    put("Mean PPL(Q)/PPL(base)", np.exp(nll - base), np.exp(nll - base) * ratio_error)
+    difference = (ppl * nll_error) ** 2 + (ppl_base * base_error) ** 2 - 2 * ppl * ppl_base * covariance
+    put("Mean PPL(Q)-PPL(base)", ppl - ppl_base, np.sqrt(max(difference, 0.0)))
+    put("Mean KLD", *mean_and_error(scores.kld))
+    _spread(out, "KLD", scores.kld, TOP_PERCENTILES, LOW_PERCENTILES)
+    put("Mean Δp", *mean_and_error(scores.p_diff))
+    _spread(out, "Δp", scores.p_diff, (*TOP_PERCENTILES, 75.0), (25.0, *LOW_PERCENTILES))
+    square, square_error = mean_and_error(scores.p_diff**2)
+    rms = np.sqrt(square)
+    put("RMS Δp", rms, 0.5 / rms * square_error if rms else 0.0)
+    same = float(scores.same_top.mean())
+    put("Same top p", same, np.sqrt(same * (1 - same) / (n - 1)))
+    return out
+
+
+def _spread(
+    out: dict[str, float], name: str, values: np.ndarray, above: tuple[float, ...], below: tuple[float, ...]
+) -> None:
+    out[f"Maximum {name}"] = float(values.max())
+    out.update({f"{p}% {name}": float(np.percentile(values, p)) for p in above})
+    out[f"Median {name}"] = float(np.median(values))
+    out.update({f"{p}% {name}": float(np.percentile(values, p)) for p in below})
+    out[f"Minimum {name}"] = float(values.min())

@@ -1,0 +1,249 @@
+"""How far the model's output moves when one tensor is stored in one format: a table of tensors by formats.
+
+To second order the KL divergence of a small weight error D is ``1/2 D^T F D`` with F the true Fisher information
+(Kullback 1959, section 2.6). For a linear layer y = W x this becomes, from the samples of `dynq.fisher`,
+
+    s(W, D) = factor / (2 T) * sum_s weight_s (g_s^T D x_s)^2
+
+where T counts the tokens and ``factor``, one number per kind of tensor, adds what tokens of one sequence have in
+common. The head needs no expansion: an error d = D h in the logits gives ``log sum_v p_v e^(d_v) - sum_v p_v d_v``
+exactly. A tied embedding pays for both of its uses.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dynq import codec, formats
+from dynq.checkpoint import Checkpoint
+from dynq.errors import DynqError
+from dynq.evaluate import kld
+from dynq.fisher import HEAD, Fisher, Samples, linear_tensors
+from dynq.imatrix import Importance
+from dynq.progress import progress
+from dynq.torch_model import set_tensor
+
+DEFAULT_FORMATS = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""Candidates of a table: what allocation ever picks. Q4_1 and Q5_1 cost as much as, and err more than, Q4_K and Q5_K."""
+
+SCHEMA = pa.schema(
+    [
+        ("tensor", pa.string()),
+        ("kind", pa.string()),
+        ("format", pa.string()),
+        ("bytes", pa.int64()),
+        ("bpw", pa.float64()),
+        ("predicted_kld", pa.float64()),  # nats per token, this tensor alone in this format
+        ("predicted_error", pa.float64()),  # standard error of the estimate
+        ("weighted_error", pa.float64()),
+        ("measured_kld", pa.float64()),  # null where the swap was not measured
+    ]
+)
+HEAD_ROWS = 256  # head samples at a time: bounds the logits that are in memory
+
+
+def quadratic_form(error: torch.Tensor, samples: Samples) -> tuple[float, float]:
+    """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens.
+
+    error: D, float32 ``[n_out, n_in]`` in the layout of the torch module (rows are looked up for an embedding).
+    """
+    moved = error[samples.x] if not samples.x.is_floating_point() else samples.x @ error.T
+    terms = 0.5 * samples.weight * (moved * samples.g).sum(-1).double().square()
+    return float(terms.sum()), float(terms.square().sum().sqrt())
+
+
+def head_divergence(weight: torch.Tensor, error: torch.Tensor, samples: Samples) -> tuple[float, float]:
+    """The exact divergence summed over tokens when the head is ``weight + error``, and its standard error.
+
+    weight, error: float32 ``[n_vocab, n_in]``; samples.x: float32 ``[n, n_in]``, what the head reads.
+    """
+    terms = []
+    for rows in torch.arange(len(samples.x)).split(HEAD_ROWS):
+        log_p = torch.log_softmax(samples.x[rows] @ weight.T, dim=-1)
+        d = samples.x[rows] @ error.T
+        terms.append(torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1))
+    weighted = samples.weight * torch.cat(terms).double().cpu()
+    return float(weighted.sum()), float(weighted.square().sum().sqrt())
+
+
+def sensitivity(
+    checkpoint: Checkpoint,
+    folder: Path,
+    importance: Importance | None,
+    candidates: Iterable[str] = DEFAULT_FORMATS,
+    *,
+    threads: int | None = None,
+) -> pa.Table:
+    """Fill ``sensitivity.parquet`` of a run folder that is calibrated; return the table (columns: `SCHEMA`).
+
+    Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
+    the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
+    """
+    fisher = Fisher(folder / "fisher")
+    names = linear_tensors(checkpoint)
+    factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})
+    partial = folder / "sensitivity.partial.jsonl"
+    rows = (
+        [json.loads(line) for line in partial.read_text().splitlines() if line.endswith("}")]
+        if partial.exists()
+        else []
+    )
+    done = {row["tensor"] for row in rows if row["last"]}
+    rows = [row for row in rows if row["tensor"] in done]
+    with partial.open("w") as log:
+        for row in rows:
+            log.write(json.dumps(row) + "\n")
+        for name in progress([n for n in names if n not in done], desc="sensitivity", unit="tensor"):
+            new = _tensor_rows(checkpoint, name, fisher, factors, importance, tuple(candidates), threads)
+            rows += new
+            log.write("".join(json.dumps(row) + "\n" for row in new))
+            log.flush()
+    order = {name: i for i, name in enumerate(names)}
+    rows.sort(key=lambda row: (order[row["tensor"]], row["bytes"], row["format"]))
+    table = pa.Table.from_pylist([{k: row.get(k) for k in SCHEMA.names} for row in rows], schema=SCHEMA)
+    write_table(table, folder)
+    partial.unlink()
+    return table
+
+
+def write_table(table: pa.Table, folder: Path) -> None:
+    """Write ``sensitivity.parquet`` beside its place and rename it."""
+    beside = folder / "sensitivity.parquet.partial"
+    pq.write_table(table, beside)
+    beside.replace(folder / "sensitivity.parquet")
+
+
+def _tensor_rows(
+    checkpoint: Checkpoint,
+    name: str,
+    fisher: Fisher,
+    factors: dict[str, float],
+    importance: Importance | None,
+    candidates: tuple[str, ...],
+    threads: int | None,
+) -> list[dict[str, Any]]:
+    info = checkpoint.tensors[name]
+    weight = checkpoint.read(name)
+    torch_weight = torch.from_numpy(checkpoint.architecture.to_torch(name, weight))
+    samples = fisher.samples(name)
+    is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
+    head_samples = fisher.samples(HEAD) if is_head else None
+    weights = importance.mean(name) if importance else None
+    rows = []
+    for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
+        decoded = codec.dequantize(codec.quantize(weight, fmt, weights, threads=threads), fmt, threads=threads)
+        error = torch.from_numpy(checkpoint.architecture.to_torch(name, decoded)) - torch_weight
+        total, spread = 0.0, 0.0
+        if name != HEAD:
+            value, deviation = quadratic_form(error, samples)
+            total, spread = factors[info.kind] * value, factors[info.kind] * deviation
+        if head_samples is not None:
+            value, deviation = head_divergence(torch_weight, error, head_samples)
+            total, spread = total + value, float(np.hypot(spread, deviation))
+        size = formats.tensor_bytes(fmt, info.shape)
+        rows.append(
+            {
+                "tensor": name,
+                "kind": info.kind,
+                "format": fmt,
+                "bytes": size,
+                "bpw": 8 * size / info.n_weights,
+                "predicted_kld": total / fisher.tokens,
+                "predicted_error": spread / fisher.tokens,
+                "weighted_error": codec.weighted_error(weight, decoded, weights),
+                "last": False,
+            }
+        )
+    rows[-1]["last"] = True
+    return rows
+
+
+# --- the ground truth, for a few ---------------------------------------------------------------------------------------
+
+
+def sample_swaps(table: pa.Table, n: int, seed: int = 0, among: Iterable[str] = ("Q2_K", "Q3_K", "Q4_K")) -> list[int]:
+    """Row numbers of n swaps to measure: kinds of tensor and formats take turns, the layer is drawn."""
+    among = [f for f in among if f in set(table["format"].to_pylist())] or sorted(set(table["format"].to_pylist()))
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, (kind, fmt) in enumerate(zip(table["kind"].to_pylist(), table["format"].to_pylist(), strict=True)):
+        if fmt in among:
+            groups.setdefault((fmt, kind), []).append(i)
+    rng = np.random.default_rng(seed)
+    lists = [list(rng.permutation(rows)) for _, rows in sorted(groups.items())]
+    rng.shuffle(lists)
+    picked: list[int] = []
+    while len(picked) < n and any(lists):
+        for rows in lists:
+            if rows and len(picked) < n:
+                picked.append(int(rows.pop()))
+    return sorted(picked)
+
+
+def measure_swaps(
+    checkpoint: Checkpoint,
+    model: Any,
+    folder: Path,
+    table: pa.Table,
+    rows: Iterable[int],
+    reference: kld.Reference,
+    importance: Importance | None,
+    *,
+    threads: int | None = None,
+) -> pa.Table:
+    """Store one tensor in one format, run the model, measure: fills ``measured_kld`` of the given rows and saves.
+
+    reference: log-probabilities of the same model, best on the calibration text with ``first=0``, since the
+    prediction speaks of all its positions. The model is put back as it was after each swap.
+    """
+    measured = table["measured_kld"].to_pylist()
+    todo = [i for i in rows if measured[i] is None]
+    for i in progress(todo, desc="measured swaps", unit="swap"):
+        name, fmt = table["tensor"][i].as_py(), table["format"][i].as_py()
+        weight = checkpoint.read(name)
+        weights = importance.mean(name) if importance else None
+        decoded = codec.dequantize(codec.quantize(weight, fmt, weights, threads=threads), fmt, threads=threads)
+        try:
+            set_tensor(model, checkpoint, name, decoded)
+            measured[i] = float(kld.measure(model, reference, desc="").kld.mean())
+        finally:
+            set_tensor(model, checkpoint, name, weight)
+        table = table.set_column(
+            SCHEMA.get_field_index("measured_kld"), "measured_kld", pa.array(measured, pa.float64())
+        )
+        write_table(table, folder)
+    return table
+
+
+def agreement(table: pa.Table) -> dict[str, Any]:
+    """How well prediction and measurement agree, where both are known.
+
+    Returns ``rank`` (format -> Spearman's rank correlation across tensors, None under four), ``ratio`` (kind -> median of
+    predicted / measured) and ``n``. Ranks are compared within one format: pooled over formats any error would do.
+    """
+    from scipy.stats import spearmanr
+
+    rows = [row for row in table.to_pylist() if row["measured_kld"] is not None]
+    by_format: dict[str, list[dict]] = {}
+    by_kind: dict[str, list[float]] = {}
+    for row in rows:
+        by_format.setdefault(row["format"], []).append(row)
+        by_kind.setdefault(row["kind"], []).append(row["predicted_kld"] / max(row["measured_kld"], 1e-12))
+    rank: dict[str, float | None] = {}
+    for fmt, group in sorted(by_format.items()):
+        pairs = [[r["predicted_kld"] for r in group], [r["measured_kld"] for r in group]]
+        rank[fmt] = float(spearmanr(*pairs).statistic) if len(group) >= 4 else None
+    return {"n": len(rows), "rank": rank, "ratio": {k: float(np.median(v)) for k, v in sorted(by_kind.items())}}
+
+
+def read_table(folder: Path) -> pa.Table:
+    """The table of a run folder; DynqError where there is none."""
+    path = folder / "sensitivity.parquet"
+    if not path.exists():
+        raise DynqError(f"{path}: not there yet; run the sensitivity step first (notebook 04)")
+    return pq.read_table(path)
