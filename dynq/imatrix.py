@@ -197,7 +197,7 @@ def _read_gguf(path: Path) -> Importance:
 
 
 def _read_legacy(path: Path) -> Importance:
-    """int32 n_entries; per entry: int32 length, name, int32 calls, int32 n, float32 [n]; int32 chunks, the text's name."""
+    """int32 n_entries; per entry: int32 length, name, int32 calls, int32 n, float32 [n]; int32 chunks, text name."""
     data = memoryview(path.read_bytes())
     at = 0
 
