@@ -1,8 +1,8 @@
 """Calibration: text through the model, importance and Fisher samples out.
 
-Importance is llama.cpp's: for every linear layer the sum over tokens of x_j^2 for each input channel j (tools/imatrix of
-llama.cpp), written as ``imatrix.gguf``. The head is collected too, as ``llama-imatrix --process-output`` does; for tied
-models it stands under ``token_embd.weight``, because that is the tensor that multiplies.
+Importance is llama.cpp's: for every linear layer the sum over tokens of x_j^2 for each input channel j (tools/imatrix
+of llama.cpp), written as ``imatrix.gguf``. The head is collected too, as ``llama-imatrix --process-output`` does; in a
+tied model it stands under ``token_embd.weight``, because that is the tensor that multiplies.
 """
 
 import json

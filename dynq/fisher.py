@@ -95,7 +95,10 @@ class Recorder:
 
 
 def true_fisher_backward(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
-    """Backward pass of ``sum_t log p(y_t)``, y_t drawn from the model's distribution at t. ids: int64 ``[batch, n_ctx]``."""
+    """Backward pass of ``sum_t log p(y_t)``, y_t drawn from the model's own distribution at t.
+
+    ids: int64 ``[batch, n_ctx]``.
+    """
     log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
     with torch.no_grad():
         # drawn on the CPU, by inverting the cumulative sum: the same labels on every device
@@ -197,8 +200,8 @@ def batch_samples(
 class Samples:
     """The samples of one tensor over all batches.
 
-    x float32 ``[n, n_in]`` (int64 ``[n]`` token ids for an embedding), g float32 ``[n, n_out]``, weight float64 ``[n]``:
-    for a term that is quadratic in both, ``sum_s weight_s f(x_s, g_s)`` estimates the sum over all tokens.
+    x float32 ``[n, n_in]`` (int64 ``[n]`` token ids for an embedding), g float32 ``[n, n_out]``, weight float64
+    ``[n]``: for a term that is quadratic in both, ``sum_s weight_s f(x_s, g_s)`` estimates the sum over all tokens.
     """
 
     x: torch.Tensor

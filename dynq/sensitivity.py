@@ -29,8 +29,8 @@ from dynq.imatrix import Importance
 from dynq.progress import progress
 from dynq.torch_model import set_tensor
 
-DEFAULT_FORMATS = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16")
-"""Candidates of a table: what allocation ever picks. Q4_1 and Q5_1 cost as much as, and err more than, Q4_K and Q5_K."""
+DEFAULT_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+"""Candidates of a table. The legacy formats err more at the same bytes; a profile (``cpu-arm``) brings them in."""
 
 SCHEMA = pa.schema(
     [
@@ -164,7 +164,7 @@ def _tensor_rows(
     return rows
 
 
-# --- the ground truth, for a few ---------------------------------------------------------------------------------------
+# --- the ground truth, for a few --------------------------------------------------------------------------------------
 
 
 def sample_swaps(table: pa.Table, n: int, seed: int = 0, among: Iterable[str] = ("Q2_K", "Q3_K", "Q4_K")) -> list[int]:
@@ -223,8 +223,8 @@ def measure_swaps(
 def agreement(table: pa.Table) -> dict[str, Any]:
     """How well prediction and measurement agree, where both are known.
 
-    Returns ``rank`` (format -> Spearman's rank correlation across tensors, None under four), ``ratio`` (kind -> median of
-    predicted / measured) and ``n``. Ranks are compared within one format: pooled over formats any error would do.
+    Returns ``rank`` (format -> Spearman's rank correlation across tensors, None under four), ``ratio`` (kind -> median
+    of predicted / measured) and ``n``. Ranks are compared within one format: pooled over formats any error would do.
     """
     from scipy.stats import spearmanr
 

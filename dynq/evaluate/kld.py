@@ -6,7 +6,6 @@ in a file of 16 bits each, with 24 nats of range below the best token (llama.cpp
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -100,8 +99,9 @@ def open_reference(path: Path) -> Reference:
     tokens = np.array(header["tokens"], dtype=np.int32)
     shape = (len(tokens), tokens.shape[1] - 1 - header["first"], header["n_vocab"])
     file = path.with_suffix(".u16")
-    if os.path.getsize(file) != 2 * int(np.prod(shape)):
-        raise DynqError(f"{file}: {os.path.getsize(file)} bytes, {2 * int(np.prod(shape))} expected; delete it")
+    size, expected = file.stat().st_size, 2 * int(np.prod(shape))
+    if size != expected:
+        raise DynqError(f"{file}: {size} bytes where {expected} are expected; delete it, it is made anew")
     return Reference(tokens, header["first"], np.memmap(file, np.uint16, "r", shape=shape))
 
 

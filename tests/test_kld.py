@@ -1,0 +1,121 @@
+"""Scores against slow NumPy twins, hand-computed cases, and the rule that a model does not diverge from itself."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dynq.errors import DynqError
+from dynq.evaluate import kld
+
+V, CTX, CHUNKS = 50, 16, 5
+
+
+class Bigram(torch.nn.Module):
+    """A causal model whose logits depend on the last token alone."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+        self.config = SimpleNamespace(vocab_size=table.shape[1])
+        self.config.get_text_config = lambda: self.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def forward(self, input_ids, use_cache=False, logits_to_keep=0):
+        return SimpleNamespace(logits=self.table[input_ids][:, -logits_to_keep:])
+
+
+@pytest.fixture
+def setup(tmp_path):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, V, (CHUNKS, CTX)).astype(np.int32)
+    a = torch.from_numpy(rng.normal(0, 3, (V, V)).astype(np.float32))
+    b = a + torch.from_numpy(rng.normal(0, 0.5, (V, V)).astype(np.float32))
+    return tokens, a, b, kld.make_reference(Bigram(a), tokens, tmp_path / "ref", desc="")
+
+
+def naive(tokens, a, b, first):
+    """Token by token, in float64."""
+    rows = []
+    for chunk in tokens:
+        for i in range(first, CTX - 1):
+            la, lb = (np.asarray(t[chunk[i]], dtype=np.float64) for t in (a, b))
+            la, lb = la - np.log(np.exp(la).sum()), lb - np.log(np.exp(lb).sum())
+            nxt = chunk[i + 1]
+            kl = (np.exp(la) * (la - lb)).sum()
+            rows.append((kl, -lb[nxt], -la[nxt], np.exp(lb[nxt]) - np.exp(la[nxt]), la.argmax() == lb.argmax()))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def test_scores_equal_the_naive_twin(setup):
+    tokens, a, b, reference = setup
+    scores = kld.measure(Bigram(b), reference, desc="")
+    for ours, theirs in zip(
+        (scores.kld, scores.nll, scores.nll_base, scores.p_diff, scores.same_top),
+        naive(tokens, a, b, CTX // 2),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=4e-4)  # the file's step
+    assert len(scores.kld) == CHUNKS * (CTX - 1 - CTX // 2)
+
+
+def test_a_model_does_not_diverge_from_itself(setup):
+    _, a, _, reference = setup
+    stats = kld.statistics(kld.measure(Bigram(a), reference, desc=""))
+    assert stats["Same top p"] == 1.0
+    assert abs(stats["Mean KLD"]) < 1e-6 and stats["Maximum KLD"] < 1e-6
+    assert stats["Mean PPL(Q)/PPL(base)"] == pytest.approx(1, abs=1e-4)
+
+
+def test_range_of_the_file_is_24_nats(tmp_path):
+    table = torch.full((2, 2), 0.0)
+    table[:, 1] = -23.0  # beyond the 16 nats of llama.cpp's file
+    tokens = np.zeros((1, 4), np.int32)
+    reference = kld.make_reference(Bigram(table), tokens, tmp_path / "ref", desc="")
+    assert float(reference.log_probs(0)[0, 1]) == pytest.approx(-23.0, abs=1e-3)
+
+
+def test_statistics_of_a_case_computed_by_hand():
+    n = 200
+    value = np.arange(n, dtype=np.float64) / (n - 1)
+    scores = kld.TokenScores(
+        kld=value,
+        nll=np.full(n, np.log(3.0)),
+        nll_base=np.full(n, np.log(2.0)),
+        p_diff=value - 0.5,
+        same_top=value < 0.75,
+    )
+    stats = kld.statistics(scores)
+    assert stats["Mean KLD"] == pytest.approx(0.5)
+    # variance of the uniform grid (n + 1) / (12 (n - 1)), over n - 1
+    assert stats["Mean KLD ±"] == pytest.approx(np.sqrt((n + 1) / (12 * (n - 1)) / (n - 1)))
+    assert stats["90.0% KLD"] == pytest.approx(0.9) and stats["Median KLD"] == pytest.approx(0.5)
+    assert stats["Minimum Δp"] == pytest.approx(-0.5) and stats["Maximum KLD"] == 1.0
+    assert stats["Mean PPL(Q)"] == pytest.approx(3.0) and stats["Mean PPL(Q)/PPL(base)"] == pytest.approx(1.5)
+    assert stats["Mean ln(PPL(Q)/PPL(base))"] == pytest.approx(np.log(1.5))
+    assert stats["Same top p"] == 0.75
+    assert stats["RMS Δp"] == pytest.approx(np.sqrt(np.mean((value - 0.5) ** 2)))
+
+
+def test_another_vocabulary_is_refused(setup):
+    *_, reference = setup
+    with pytest.raises(DynqError, match="60 tokens in its vocabulary, the reference 50"):
+        kld.measure(Bigram(torch.zeros(V, 60)), reference, desc="")
+
+
+def test_a_truncated_reference_is_refused(setup, tmp_path):
+    with (tmp_path / "ref.u16").open("r+b") as f:
+        f.truncate(100)
+    with pytest.raises(DynqError, match="100 bytes"):
+        kld.open_reference(tmp_path / "ref")
+
+
+def test_a_full_disk_is_said_before_the_work(setup, tmp_path, monkeypatch):
+    tokens, a, *_ = setup
+    monkeypatch.setattr(kld.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(DynqError, match="GiB are free"):
+        kld.make_reference(Bigram(a), tokens, tmp_path / "other", desc="")
