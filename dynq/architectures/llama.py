@@ -1,0 +1,30 @@
+"""Llama and Mistral. llama.cpp's `llama` rotates neighbouring pairs, so the rows of q and k are reordered.
+
+Mistral's sliding window is not written: llama.cpp's `llama` attends to the whole context.
+"""
+
+from typing import Any
+
+import gguf
+
+from dynq.architectures import Decoder
+
+
+class Llama(Decoder):
+    arch = gguf.MODEL_ARCH.LLAMA
+    model_types = ("llama", "mistral")
+    biases = tuple(module for module in Decoder.layer_modules if "proj" in module)  # attention_bias, mlp_bias
+    interleaved_rope = True
+
+    def metadata(self) -> dict[str, Any]:
+        return super().metadata() | {
+            "llama.vocab_size": self.config["vocab_size"],
+            "llama.rope.dimension_count": self.head_dim,
+        }
+
+    @classmethod
+    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        return super().config_from_gguf(metadata, tensors) | {
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        }

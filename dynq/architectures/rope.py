@@ -1,0 +1,108 @@
+"""Rotary position settings: a transformers config <-> GGUF keys, and llama3's per-frequency factors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dynq.errors import DynqError
+
+# Settings of a scaled rope that GGUF has a key for: transformers' name -> the key after "<arch>.rope.scaling."
+_YARN_KEYS = {
+    "extrapolation_factor": "yarn_ext_factor",
+    "attention_factor": "yarn_attn_factor",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+}
+# "dynamic" changes nothing below the trained context length, and llama.cpp has no such mode: it is written as none.
+_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Base, scaling type and the scaling's own settings, under the names of transformers' `rope_parameters`."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Rope:
+        """From a transformers config: `rope_parameters` (version 5), or `rope_theta` with `rope_scaling` (before)."""
+        settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+        theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        old_name = settings.pop("type", None)
+        kind = settings.pop("rope_type", None) or old_name or "default"
+        if kind not in _TYPES:
+            raise DynqError(f"config.json: rope type {kind!r} is not supported here; known are {', '.join(_TYPES)}")
+        partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+        if partial != 1.0:
+            raise DynqError(f"config.json: partial_rotary_factor {partial} is not supported for this architecture")
+        if kind != "default" and "factor" not in settings:
+            raise DynqError(f"config.json: rope type {kind!r} has no 'factor'")
+        if kind == "yarn":
+            settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        return cls(float(theta), kind, settings)
+
+    @classmethod
+    def from_gguf(cls, metadata: dict[str, Any], arch: str) -> Rope:
+        """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`."""
+
+        def get(key: str) -> Any:
+            return metadata.get(f"{arch}.rope.{key}")
+
+        theta = float(get("freq_base") or 10000.0)
+        kind = get("scaling.type") or "none"
+        if kind == "none":
+            return cls(theta)
+        settings: dict[str, Any] = {"factor": get("scaling.factor")}
+        if kind == "yarn":
+            settings["original_max_position_embeddings"] = get("scaling.original_context_length")
+            settings |= {name: get(f"scaling.{key}") for name, key in _YARN_KEYS.items()}
+        return cls.from_config(
+            {
+                "rope_parameters": {k: v for k, v in settings.items() if v is not None}
+                | {"rope_theta": theta, "rope_type": kind}
+            }
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """transformers' `rope_parameters`."""
+        return {"rope_theta": self.theta, "rope_type": self.type, **self.settings}
+
+    def to_gguf(self, arch: str) -> dict[str, Any]:
+        """GGUF keys, as llama.cpp reads them."""
+        keys: dict[str, Any] = {}
+        if self.type in ("linear", "yarn"):
+            keys["scaling.type"] = self.type
+            keys["scaling.factor"] = float(self.settings["factor"])
+        if self.type == "yarn":
+            keys["scaling.original_context_length"] = int(self.settings["original_max_position_embeddings"])
+            for name, key in _YARN_KEYS.items():
+                if self.settings.get(name) is not None:
+                    keys[f"scaling.{key}"] = float(self.settings[name])
+        keys["freq_base"] = self.theta
+        return {f"{arch}.rope.{key}": value for key, value in keys.items()}
+
+    def inverse_frequencies(self, dim: int) -> np.ndarray:
+        """Unscaled angular step of each rotated pair, float64 [dim / 2]."""
+        return self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+    def factors(self, dim: int) -> np.ndarray | None:
+        """llama3's divisor of each frequency, float32 [dim / 2]; None for any other type.
+
+        Llama 3.1's rule: wavelengths shorter than `old / high_freq_factor` are kept, longer than
+        `old / low_freq_factor` are stretched by `factor`, and between the two the inverse blends linearly.
+        """
+        if self.type != "llama3":
+            return None
+        factor = float(self.settings["factor"])
+        low = float(self.settings.get("low_freq_factor", 1.0))
+        high = float(self.settings.get("high_freq_factor", 4.0))
+        old = float(self.settings.get("original_max_position_embeddings", 8192))
+        turns = old * self.inverse_frequencies(dim) / (2 * math.pi)  # full turns within the old context
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1.0 / ((1.0 - keep) / factor + keep)).astype(np.float32)

@@ -1,0 +1,340 @@
+"""A model as GGUF sees it: names, layout and metadata of GGUF, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from dynq import architectures, tokenizer
+from dynq.architectures import Architecture
+from dynq.errors import DynqError
+from dynq.progress import progress
+
+EMBEDDED = "dynq-tiny"
+"""The name of the model inside the package."""
+
+_SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
+_LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|attention\.masked_bias$")  # buffers that old checkpoints carry
+# Keys that the exporter writes anew, or that speak of a file that is being replaced.
+_NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
+_NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
+_HASH_STEP = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def n_weights(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def row(self) -> int:
+        """Weights in a row: the direction in which blocks run."""
+        return self.shape[-1]
+
+    @property
+    def layer(self) -> int | None:
+        match = re.match(r"blk\.(\d+)\.", self.name)
+        return int(match[1]) if match else None
+
+    @property
+    def kind(self) -> str:
+        """The name without layer and ".weight": "attn_q", "token_embd", "attn_q.bias"."""
+        return re.sub(r"^blk\.\d+\.", "", self.name).removesuffix(".weight")
+
+    @property
+    def quantizable(self) -> bool:
+        """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution."""
+        if len(self.shape) < 2 or not self.name.endswith(".weight"):
+            return False
+        return not any(part in self.name for part in _NOT_QUANTIZED)
+
+
+class Checkpoint:
+    """An opened model. See `open_checkpoint`.
+
+    Attributes:
+        name, path: the model's name and the directory or file it came from.
+        architecture, config: names and layouts of the family; transformers' config as a dict.
+        metadata: every key that an exported GGUF carries, tokenizer included, without the exporter's own.
+        tensors: GGUF name -> TensorInfo, in file order.
+        tied: whether the output uses the embedding's weights.
+        requantized: whether the source is itself quantized.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        architecture: Architecture,
+        metadata: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        read: Callable[[str], np.ndarray],
+        files: list[Path],
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.architecture = architecture
+        self.config = architecture.config
+        self.metadata = metadata
+        self.tensors = tensors
+        self.tied = "output.weight" not in tensors
+        self.requantized = any(info.dtype not in _SAFETENSORS_TYPES for info in tensors.values())
+        self._read = read
+        self._files = files
+
+    @property
+    def n_weights(self) -> int:
+        return sum(info.n_weights for info in self.tensors.values())
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, float32, C-contiguous, in GGUF's layout. DynqError if it holds NaN or infinity."""
+        if name not in self.tensors:
+            raise DynqError(f"{self.path}: there is no tensor {name}")
+        return np.ascontiguousarray(self._read(name), dtype=np.float32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the names and contents of the files that make up the model."""
+        whole = hashlib.sha256()
+        with progress(total=sum(p.stat().st_size for p in self._files), desc="hash", unit="B", leave=False) as bar:
+            for path in self._files:
+                digest = hashlib.sha256()
+                with path.open("rb") as file:
+                    while piece := file.read(_HASH_STEP):
+                        digest.update(piece)
+                        bar.update(len(piece))
+                # A single file's name is its owner's choice; inside a directory names have a meaning.
+                label = path.name if len(self._files) > 1 else ""
+                whole.update(f"{label}\0{digest.hexdigest()}\n".encode())
+        return whole.hexdigest()
+
+
+def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkpoint:
+    """Open a model without loading it.
+
+    Args:
+        model: a Hugging Face directory (safetensors, sharded or not), a GGUF file, a hub id ("Qwen/Qwen3-0.6B"),
+            or "dynq-tiny", the model inside the package.
+        allow_requantize: accept a GGUF that is already quantized.
+
+    Raises:
+        DynqError: nothing there; a file missing, truncated or of an unknown kind; an unsupported architecture,
+            tokenizer or tensor; a quantized GGUF without `allow_requantize`.
+    """
+    if str(model) == EMBEDDED:
+        return _open_directory(Path(__file__).parent / "data" / EMBEDDED, EMBEDDED)
+    path = Path(model).expanduser()
+    if path.is_file():
+        return _open_gguf(path, allow_requantize)
+    if path.is_dir():
+        return _open_directory(path, path.resolve().name)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model)):
+        return _open_directory(_from_hub(str(model)), str(model).partition("/")[2])
+    raise DynqError(f"{model}: no such file or directory, and not a hub id (owner/name)")
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DynqError(f"{model}: no such path here, and the Hugging Face hub did not give it: {reason}") from error
+
+
+# --- Hugging Face directories ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def load(self) -> np.ndarray:
+        """The tensor as float32, in the checkpoint's own layout."""
+        n = int(np.prod(self.shape, dtype=np.int64))
+        raw = np.fromfile(self.path, _SAFETENSORS_TYPES[self.dtype], n, offset=self.offset)
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            raw = wide.view(np.float32)
+        return raw.astype(np.float32, copy=False).reshape(self.shape)
+
+
+def _open_directory(path: Path, name: str) -> Checkpoint:
+    config = _load_json(path / "config.json", "not a Hugging Face model directory")
+    architecture = architectures.for_config(config)
+    shards = _shards(path)
+    stored: dict[str, _Stored] = {}
+    for shard in shards:
+        for item in _safetensors_header(shard):
+            gguf_name = architecture.gguf_name(item.name)
+            if gguf_name == "output.weight" and config.get("tie_word_embeddings"):
+                continue  # some checkpoints store the tied head twice
+            if gguf_name is not None:
+                stored[gguf_name] = item
+            elif not _LEFT_OUT.search(item.name):
+                raise DynqError(f"{shard}: tensor {item.name} has no place in the architecture {architecture.name}")
+    if missing := [architecture.parameter(n) for n in architecture.required() if n not in stored]:
+        raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the model again")
+    extra = architecture.extra_tensors()
+    tensors = {}
+    for n in architecture.names():
+        if n in stored:
+            tensors[n] = TensorInfo(n, stored[n].shape, stored[n].dtype)
+        elif n in extra:
+            tensors[n] = TensorInfo(n, extra[n].shape, "F32")
+
+    def read(n: str) -> np.ndarray:
+        if n in extra:
+            return extra[n]
+        array = stored[n].load()
+        _check_finite(array, f"{stored[n].path}: tensor {stored[n].name} ({n})")
+        return architecture.to_gguf(n, array)
+
+    n_weights = sum(info.n_weights for info in tensors.values())
+    metadata = _general(path, architecture, n_weights) | architecture.metadata()
+    metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
+    files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
+    return Checkpoint(name, path, architecture, metadata, tensors, read, files)
+
+
+def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
+    """The `general.*` keys: name, size and licence from the model card and the directory's name, by gguf's rules."""
+    card = gguf.Metadata.load(None, path, None, n_weights)
+    card.name = card.name or path.name
+    card.size_label = card.size_label or gguf.size_label(n_weights, n_weights, 0, 0)
+    writer = gguf.GGUFWriter(None, architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    card.set_gguf_meta_model(writer)
+    return {key: value.value for key, value in writer.kv_data[0].items()}
+
+
+def _load_json(path: Path, meaning: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DynqError(f"{path.parent}: {meaning}, {path.name} is missing") from None
+    except (ValueError, OSError) as error:
+        raise DynqError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise DynqError(f"{path}: not a JSON object")
+    return loaded
+
+
+def _shards(path: Path) -> list[Path]:
+    """The safetensors files of a directory, each known to exist."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        if (single := path / "model.safetensors").exists():
+            return [single]
+        raise DynqError(f"{path}: no model.safetensors and no {index.name}; only safetensors weights are read")
+    shards = [path / name for name in sorted(set(_load_json(index, "no index").get("weight_map", {}).values()))]
+    for shard in shards:
+        if not shard.exists():
+            raise DynqError(f"{shard}: this shard is missing, though {index.name} names it; fetch it again")
+    return shards
+
+
+def _safetensors_header(path: Path) -> list[_Stored]:
+    """The tensors of one safetensors file. DynqError if the file ends before its data does.
+
+    Layout: the header's length as a little-endian uint64, the header as JSON, the data.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise DynqError(f"{path}: truncated or not a safetensors file ({size:,} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise DynqError(f"{path}: not a safetensors file (its header is not JSON); fetch it again") from None
+    header.pop("__metadata__", None)
+    start = 8 + length
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < end:
+        raise DynqError(f"{path}: truncated, {size:,} bytes of {end:,}; fetch it again")
+    for name, entry in header.items():
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            known = ", ".join(_SAFETENSORS_TYPES)
+            raise DynqError(f"{path}: tensor {name} has type {entry['dtype']}, which is not read; known are {known}")
+    return [
+        _Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
+
+
+# --- GGUF files -----------------------------------------------------------------------------------------------------
+
+
+def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise DynqError(f"{path}: truncated or not a readable GGUF ({error}); fetch it again") from error
+    if fields.get("split.count", 0) > 1:
+        raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
+    architecture = architectures.for_gguf(fields, shapes)
+    tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
+    for n in tensors:
+        architecture.parameter(n)  # raises for a tensor that the family does not have
+    if missing := [n for n in architecture.required() if n not in tensors]:
+        raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the file again")
+    quantized = sorted({info.dtype for info in tensors.values()} - _PLAIN_TYPES)
+    if quantized and not allow_requantize:
+        raise DynqError(
+            f"{path}: already quantized ({', '.join(quantized)}), and quantizing again loses more; "
+            "give the 16-bit original, or allow it with --allow-requantize"
+        )
+
+    def read(n: str) -> np.ndarray:
+        tensor = stored[n]
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[n])
+        _check_finite(array, f"{path}: tensor {n}")
+        return array
+
+    metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
+    return Checkpoint(path.stem, path, architecture, metadata, tensors, read, [path])
+
+
+def _check_finite(array: np.ndarray, where: str) -> None:
+    if np.isfinite(array).all():
+        return
+    position = tuple(int(i) for i in np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape))
+    bad = int(array.size - np.isfinite(array).sum())
+    raise DynqError(
+        f"{where} holds {array[position]} at {list(position)} ({bad:,} such values): "
+        "the checkpoint is damaged, fetch it again"
+    )

@@ -1,0 +1,80 @@
+"""The model in transformers, filled from a checkpoint's tensors: for calibration and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.initialization import no_init_weights
+
+from dynq import tokenizer
+from dynq.checkpoint import Checkpoint
+from dynq.errors import DynqError
+from dynq.progress import progress
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    weights: Iterable[tuple[str, np.ndarray]] | None = None,
+    dtype: str = "float32",
+) -> Any:
+    """The transformers model of a checkpoint, in eval mode, on the CPU.
+
+    Args:
+        checkpoint: where the config comes from, and the weights if none are given.
+        weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
+            any order but must fill the whole model.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        DynqError: a weight is missing or has the wrong shape.
+    """
+    settings = {key: value for key, value in checkpoint.config.items() if value is not None}
+    settings |= {"tie_word_embeddings": checkpoint.tied}
+    config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    with no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+    model.tie_weights()
+    if weights is None:
+        weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
+    filled = set()
+    for name, array in progress(weights, total=len(checkpoint.tensors), desc="load", unit="tensor", leave=False):
+        set_tensor(model, checkpoint, name, array)
+        filled.add(checkpoint.architecture.parameter(name))
+    missing = [name for name, _ in model.named_parameters() if name not in filled]
+    if missing:
+        raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
+    return model.eval()
+
+
+def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.ndarray) -> None:
+    """Copy one tensor (float32, GGUF's layout) into the model in place. Tied weights follow.
+
+    Raises:
+        DynqError: the model has no such parameter, or one of another shape.
+    """
+    parameter = checkpoint.architecture.parameter(gguf_name)
+    module, _, leaf = parameter.rpartition(".")
+    try:
+        target = getattr(model.get_submodule(module), leaf)
+    except AttributeError:
+        target = None
+    if target is None:
+        raise DynqError(f"tensor {gguf_name}: config.json describes a model without {parameter}")
+    values = checkpoint.architecture.to_torch(gguf_name, array)
+    if tuple(target.shape) != values.shape:
+        raise DynqError(f"tensor {gguf_name}: shape {values.shape}, but config.json implies {tuple(target.shape)}")
+    with torch.no_grad():
+        target.copy_(torch.from_numpy(np.require(values, requirements=["C", "W"])))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The transformers tokenizer: from the model's directory, or rebuilt from a GGUF's metadata."""
+    if checkpoint.path.is_dir():
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+    return tokenizer.from_gguf(checkpoint.metadata)
