@@ -1,0 +1,176 @@
+"""The ``dynq`` command. Heavy modules are imported by what needs them, so that ``--help`` is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import dynq
+from dynq.errors import DynqError
+
+app = typer.Typer(
+    help="The best GGUF file of a language model for a given size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+EXAMPLES = """
+Examples:
+
+  dynq run dynq-tiny --target 3.5bpw --out runs/demo
+
+  dynq run Qwen/Qwen3-0.6B --target 3.5bpw --target like:Q4_K_M --out runs/qwen
+
+  dynq run ./my-model --target 8GB --text chats.jsonl --eval-text held-out.txt --out runs/mine
+
+  dynq run model-f16.gguf --target 4bpw --pin "token_embd.weight=Q8_0" -p n_chunks=64 --out runs/pinned
+
+The same command again goes on where a run was cut off; a step whose inputs have not changed is skipped.
+"""
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"dynq {dynq.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXAMPLES)
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face directory or hub id, a GGUF in F32, F16 or BF16, or dynq-tiny.")
+    ],
+    target: Annotated[
+        list[str], typer.Option(help="A size: 3.5bpw, 8GB, 750MB, 2.5GiB, like:Q4_K_M. May be given several times.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    text: Annotated[
+        str | None, typer.Option(help="Calibration text: .txt or chats .jsonl, commas between. Default: sampled.")
+    ] = None,
+    eval_text: Annotated[str | None, typer.Option(help="Evaluation text, the same way. Default: sampled.")] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Encode with this importance matrix instead of our own.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Formats to choose from: all, k-quants, cpu-arm.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="TENSORS=FORMAT with * and ?, or >=FORMAT, <=FORMAT. Several allowed.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Take a folder made with other parameters; make anew what they change.")
+    ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Make a GGUF of each target size, and prove it: calibrate, measure, allocate, export, evaluate."""
+    from dynq import run as runner
+    from dynq.allocate import parse_pins
+    from dynq.folder import RunFolder
+
+    given: dict[str, Any] = {
+        "text": _absolute(text),
+        "eval_text": _absolute(eval_text),
+        "imatrix": _absolute(str(imatrix)) if imatrix else None,
+        "profile": profile,
+        "pins": parse_pins(pin) if pin else None,
+        "seed": seed,
+        "threads": threads,
+        "allow_requantize": allow_requantize or None,
+    }
+    folder = RunFolder(out, force=force)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise DynqError(f"{out}: a file, not a folder; choose another --out")
+    texts = dict(_split(item) for item in parameter or [])
+    tasks = runner.plan(
+        _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
+    )
+    try:
+        evaluation = runner.execute(tasks, folder)
+    except KeyboardInterrupt:
+        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except runner.RunFailed as error:
+        print(f"dynq: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps({"run": str(folder.path), **evaluation}, indent=1, ensure_ascii=False))
+    else:
+        print(runner.summary(evaluation, folder))
+
+
+@app.command()
+def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the formats that dynq encodes."""
+    from dynq.formats import FORMATS
+
+    rows = [
+        {
+            "format": f.name,
+            "bpw": f.bpw,
+            "block": f.block,
+            "block_bytes": f.block_bytes,
+            "needs_importance": f.needs_importance,
+            "fallback": f.fallback,
+        }
+        for f in FORMATS.values()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'format':<8}{'bpw':>8}{'block':>8}{'bytes':>8}  row not divisible by the block")
+    for row in rows:
+        print(f"{row['format']:<8}{row['bpw']:>8.4g}{row['block']:>8}{row['block_bytes']:>8}  {row['fallback'] or ''}")
+
+
+def _model(text: str) -> str:
+    """A model that is a path here as an absolute path: the notebooks may run elsewhere. Anything else as it is."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if text != "dynq-tiny" and path.exists() else text
+
+
+def _absolute(paths: str | None) -> str | None:
+    """Comma-separated paths, each absolute; "sampled" and "" mean no path."""
+    if paths in (None, "", "sampled"):
+        return paths
+    found = [Path(path.strip()).expanduser().resolve() for path in str(paths).split(",")]
+    for path in found:
+        if not path.exists():
+            raise DynqError(f"{path}: no such file")
+    return ",".join(map(str, found))
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals or not name.strip():
+        raise DynqError(f"-p {item}: write -p NAME=VALUE")
+    return name.strip(), value
+
+
+def main() -> None:
+    """Entry point. Exit status 0; 2 for a user's mistake, said in one line; 130 for Ctrl-C; 1 for a defect of dynq."""
+    try:
+        app()
+    except DynqError as error:
+        print(f"dynq: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A dynamic file beside what it must beat: llama.cpp's mixes around its size, and one format for everything.
+
+All of them are encoded with the same importance matrix and scored on the same text. A mix is never written to disk:
+its tensors are encoded and decoded in memory, which gives the weights that its file would hold.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynq import export, formats, mixes
+from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from dynq.evaluate import kld
+from dynq.folder import RunFolder, content_hash, file_safe
+from dynq.imatrix import Importance
+from dynq.recipe import Recipe
+from dynq.torch_model import load_model
+
+UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to score. kind: "dynamic" (then `file` names a GGUF of the run folder), "mix" or "uniform"."""
+
+    label: str
+    kind: str
+    formats: dict[str, str]
+    file: str = ""
+    predicted_kld: float | None = None
+
+
+def uniform(fmt: str, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Every quantizable tensor in one format, or in llama.cpp's fallback where its rows do not divide; the rest F32."""
+    return {name: formats.usable(fmt, info.row) if info.quantizable else "F32" for name, info in tensors.items()}
+
+
+def stored_bytes(recipe: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of all tensor data, without padding."""
+    return sum(formats.tensor_bytes(fmt, tensors[name].shape) for name, fmt in recipe.items())
+
+
+def uniform_below(tensor_bytes: int, tensors: Mapping[str, TensorInfo]) -> str:
+    """The largest of UNIFORM with at most `tensor_bytes`; the smallest of all where none is that small."""
+    sizes = {fmt: stored_bytes(uniform(fmt, tensors), tensors) for fmt in UNIFORM}
+    fitting = [fmt for fmt in UNIFORM if sizes[fmt] <= tensor_bytes]
+    return max(fitting, key=sizes.__getitem__) if fitting else min(UNIFORM, key=sizes.__getitem__)
+
+
+def compare(
+    checkpoint: Checkpoint,
+    model: Any,
+    folder: RunFolder,
+    targets: Iterable[str],
+    importance: Importance,
+    text: Mapping[str, Any],
+    tokens: Any,
+    *,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Score the files of all targets, their neighbouring mixes and the uniform ones; what ``evaluation.json`` holds.
+
+    model: the original. text: description and hash of the evaluation text; tokens: int32 ``[n_chunks, n_ctx]``.
+    Each score is kept in ``scores/`` under the hash of all that it depends on, so that an interrupted evaluation, or
+    one with a target more, does not score anything twice.
+    """
+    recipes = {target: Recipe.load(folder / f"{file_safe(target)}.recipe.json") for target in targets}
+    tensors, metadata = checkpoint.tensors, checkpoint.metadata
+    contenders: dict[str, Contender] = {}
+    verdicts: list[dict[str, Any]] = []
+    for target, recipe in recipes.items():
+        file = f"{file_safe(target)}.gguf"
+        around = mixes.neighbours(recipe.tensor_bytes, tensors, metadata, True)
+        same = uniform_below(recipe.tensor_bytes, tensors)
+        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, recipe.predicted_kld)
+        beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
+        beside.append(Contender(f"uniform {same}", "uniform", uniform(same, tensors)))
+        contenders |= {c.label: c for c in [own, *beside]}
+        verdicts.append(
+            {
+                "target": target,
+                "label": own.label,
+                "file": file,
+                "below": around.below,
+                "above": around.above,
+                "inside": around.inside,
+                "uniform": beside[-1].label,
+            }
+        )
+
+    scored = _score(checkpoint, model, folder, contenders, importance, text, tokens, threads)
+    for verdict in verdicts:
+        below, above, own_entry = (scored[verdict[key]] for key in ("below", "above", "label"))
+        verdict["mix_kld"] = mixes.interpolate_kld(own_entry["tensor_bytes"], _point(below), _point(above))
+        verdict["kld_ratio"] = own_entry["statistics"]["Mean KLD"] / verdict["mix_kld"]
+        verdict["generated"] = folder.read_json(f"{file_safe(verdict['target'])}.export.json")["generated"]
+    return {
+        "model": {
+            "name": checkpoint.name,
+            "fingerprint": checkpoint.fingerprint,
+            "n_weights": checkpoint.n_weights,
+            "requantized": checkpoint.requantized,
+        },
+        "text": dict(text) | {"chunks": len(tokens), "n_ctx": int(tokens.shape[1])},
+        "files": sorted(scored.values(), key=lambda entry: (entry["tensor_bytes"], entry["label"])),
+        "targets": verdicts,
+    }
+
+
+def _point(entry: Mapping[str, Any]) -> tuple[float, float]:
+    return entry["tensor_bytes"], entry["statistics"]["Mean KLD"]
+
+
+def _score(
+    checkpoint: Checkpoint,
+    model: Any,
+    folder: RunFolder,
+    contenders: Mapping[str, Contender],
+    importance: Importance,
+    text: Mapping[str, Any],
+    tokens: Any,
+    threads: int | None,
+) -> dict[str, dict[str, Any]]:
+    """Label -> entry of evaluation.json."""
+    imatrix = content_hash(folder / "imatrix.gguf")
+    paths: dict[str, Path] = {}
+    for label, contender in contenders.items():
+        source = content_hash(folder / contender.file) if contender.file else imatrix
+        about = [checkpoint.fingerprint, text["sha256"], contender.formats, source]
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        paths[label] = Path("scores") / f"{file_safe(label)}.{key}.json"
+
+    if missing := [label for label, path in paths.items() if not (folder / str(path)).exists()]:
+        (folder / "scores").mkdir(exist_ok=True)
+        reference = kld.make_reference(model, tokens, folder / "scores" / "reference", desc="original")
+        for label in missing:
+            contender = contenders[label]
+            if contender.file:
+                file = open_checkpoint(folder / contender.file, allow_requantize=True)
+                quantized = load_model(file)
+            else:
+                weights = export.simulate(checkpoint, contender.formats, importance, threads=threads)
+                quantized = load_model(checkpoint, weights)
+            scores = kld.measure(quantized, reference, desc=label)
+            folder.write_json(str(paths[label]), kld.statistics(scores))
+            del quantized
+        (folder / "scores" / "reference.u16").unlink()  # vocabulary x tokens x 2 bytes: the largest file of the run
+        (folder / "scores" / "reference.json").unlink()
+
+    entries: dict[str, dict[str, Any]] = {}
+    for label, contender in contenders.items():
+        size = stored_bytes(contender.formats, checkpoint.tensors)
+        entries[label] = {
+            "label": label,
+            "kind": contender.kind,
+            "tensor_bytes": size,
+            "file_bytes": (folder / contender.file).stat().st_size if contender.file else None,
+            "bpw": 8 * size / checkpoint.n_weights,
+            "predicted_kld": contender.predicted_kld,
+            "statistics": folder.read_json(str(paths[label])),
+        }
+    return entries

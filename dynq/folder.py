@@ -1,0 +1,205 @@
+"""A run folder: what was made from what, so that nothing is made twice and nothing stale is kept.
+
+Every step of a run names its parameters, the content hashes of what it reads, and the files it writes. ``run.json``
+keeps all of that, without times or host names: the same inputs give the same bytes. A step whose record still holds is
+skipped; one that was cut off goes on from the part files it left.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import dynq
+from dynq.errors import DynqError
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import Checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
+
+PACKAGES = ("gguf", "numba", "numpy", "pyarrow", "torch", "transformers", "xllamacpp")
+LOCKED = "DYNQ_LOCKED"
+"""Environment variable with the folder that a parent process has locked for its kernels."""
+
+
+def file_safe(target: str) -> str:
+    """A target as part of a file name: "like:Q4_K_M" becomes "like-Q4_K_M"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"\s+", "", target))
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, or of the names and contents of all files below a folder."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        lines = [f"{p.relative_to(path).as_posix()}\0{content_hash(p)}\n" for p in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunFolder:
+    """The folder of one run. A relative path counts from here, or, within the notebooks' folder, from the one above.
+
+    force: parameters other than those that the folder was made with are accepted, and what depends on them is made
+    anew. Without it they are a DynqError that names them.
+    """
+
+    def __init__(self, path: str | Path, *, force: bool = False):
+        here = Path.cwd()
+        if here.name == "notebooks" and (here.parent / "dynq").is_dir():
+            here = here.parent  # Jupyter starts a notebook in the notebook's own folder
+        self.path = (here / Path(path).expanduser()).resolve()
+        self.force = force
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The contents of ``run.json``; without steps where there is none yet."""
+        try:
+            state: dict[str, Any] = json.loads((self / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"steps": {}}
+        except (ValueError, OSError) as error:
+            raise DynqError(f"{self / 'run.json'}: not readable ({error}); delete it, the run starts anew") from None
+        return state
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of the folder beside its place, then rename it."""
+        beside = self / f"{name}.partial"
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self / name)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the folder; DynqError where it is missing."""
+        try:
+            return json.loads((self / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DynqError(f"{self / name}: not there yet; run the notebooks before this one first") from None
+
+    def checkpoint(self) -> "Checkpoint":
+        """The model that the folder was calibrated with. DynqError where there is none, or where it has changed."""
+        from dynq.checkpoint import open_checkpoint
+
+        made = self.state["steps"].get("calibrate")
+        if not made:
+            raise DynqError(f"{self.path}: nothing is calibrated here; run notebook 03_calibrate in it first")
+        checkpoint = open_checkpoint(made["parameters"]["model"], made["parameters"]["allow_requantize"])
+        if checkpoint.fingerprint != made["inputs"]["model"]:
+            raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
+        return checkpoint
+
+    def check(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """DynqError if the step was made with other values of these parameters and `force` is not set.
+
+        Parameters that the step does not record (threads, say) do not count.
+        """
+        recorded = self.state["steps"].get(name, {}).get("parameters", {})
+        for key, old in recorded.items():
+            if not self.force and key in parameters and parameters[key] != old:
+                raise DynqError(
+                    f"{self.path}: {name} was made with {key}={old!r}, now it is {parameters[key]!r}; "
+                    "choose another folder (--out, run), or --force to make anew what depends on it"
+                )
+
+    @contextmanager
+    def step(
+        self,
+        name: str,
+        *,
+        parameters: Mapping[str, Any],
+        outputs: Iterable[str],
+        files: Iterable[str] = (),
+        inputs: Mapping[str, str] | None = None,
+        parts: Iterable[str] = (),
+    ) -> Iterator[bool]:
+        """A step of the run: ``with folder.step(...) as todo: if todo: ...``; what it made is recorded at the end.
+
+        parameters: plain JSON values that a user sets. files: names in the folder that the step reads; inputs: name ->
+        hash of what else it reads. outputs: names in the folder (files or folders) that it writes. parts: names that a
+        cut-off step leaves behind to go on from; they are kept only where parameters and inputs are the same.
+        """
+        parameters = json.loads(json.dumps(dict(parameters)))
+        self.check(name, parameters)
+        for file in files:
+            if not (self / file).exists():
+                raise DynqError(f"{self / file}: not there yet; run the notebooks before this one first")
+        reads = {**(inputs or {}), **{file: content_hash(self / file) for file in files}, "dynq": dynq.__version__}
+        record: dict[str, Any] = {"state": "started", "parameters": parameters, "inputs": reads, "outputs": {}}
+        old = self.state["steps"].get(name, {})
+        same = old.get("parameters") == parameters and old.get("inputs") == reads
+        if same and old["state"] == "done" and list(old["outputs"]) == list(outputs):
+            if all((self / n).exists() and content_hash(self / n) == h for n, h in old["outputs"].items()):
+                print(f"{name}: nothing it depends on has changed, kept")
+                yield False
+                return
+            same = False
+        with self.lock():
+            if not (same and old["state"] == "started"):
+                for part in parts:
+                    _remove(self / part)
+            self._record(name, record)
+            yield True
+            record["outputs"] = {file: content_hash(self / file) for file in outputs}
+            self._record(name, record | {"state": "done"})
+
+    def _record(self, name: str, record: dict[str, Any]) -> None:
+        steps = self.state["steps"] | {name: record}
+        versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
+        # by name, so that the order in which steps were first run does not show
+        self.write_json(
+            "run.json", {"dynq": dynq.__version__, "versions": versions, "steps": {k: steps[k] for k in sorted(steps)}}
+        )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder. The system frees the lock of a process that died."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None or os.environ.get(LOCKED) == str(self.path):
+            yield
+            return
+        with (self / "lock").open("a+", encoding="utf-8") as file:
+            _lock(file, self.path)
+            yield
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another"
+        raise DynqError(f"{path}: process {holder} works in this folder; wait or choose another --out") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,257 @@
+"""The strict papermill runner: notebooks 03 to 07 in order, inside one run folder.
+
+papermill itself only warns of an unknown parameter and takes any type; here both are errors, found by
+``inspect_notebook`` before any work starts. The kernel is this very interpreter, whatever kernels are installed.
+"""
+
+import ast
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from dynq.allocate import parse_target
+from dynq.errors import DynqError
+from dynq.folder import LOCKED, RunFolder, file_safe
+from dynq.progress import LineStream
+
+NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
+PER_TARGET = ("05_allocate", "06_export")
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
+_TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
+
+
+class RunFailed(Exception):
+    """A notebook failed, and not by a mistake of the user."""
+
+
+class Parameter(NamedTuple):
+    """A parameter of a notebook: its annotation ("int") and its default."""
+
+    kind: str
+    default: Any
+
+
+class Task(NamedTuple):
+    """One notebook to run: its name, the step of the run folder that it makes, and all its parameters."""
+
+    notebook: str
+    step: str
+    parameters: dict[str, Any]
+
+    @property
+    def output(self) -> str:
+        """Name of the executed notebook: with several targets one file each."""
+        target = self.parameters.get("target")
+        return f"{self.notebook}.{file_safe(target)}.ipynb" if target else f"{self.notebook}.ipynb"
+
+
+def notebook_folder() -> Path:
+    """Where the notebooks are: in the package when installed from a wheel, else beside it in the repository."""
+    package = Path(__file__).parent
+    for folder in (package / "notebooks", package.parent / "notebooks"):
+        if (folder / f"{NOTEBOOKS[0]}.ipynb").exists():
+            return folder
+    raise DynqError(f"{package}: the notebooks are missing; install dynq again")
+
+
+def inspect(notebook: str) -> dict[str, Parameter]:
+    """The parameters of a notebook by name, from its annotated parameters cell."""
+    import papermill
+
+    found = papermill.inspect_notebook(str(notebook_folder() / f"{notebook}.ipynb"))
+    return {name: Parameter(p["inferred_type_name"], ast.literal_eval(p["default"])) for name, p in found.items()}
+
+
+def parse_value(name: str, text: str, kind: str) -> Any:
+    """The value of ``-p NAME=TEXT`` for a parameter annotated `kind`; DynqError where the text is not of that type.
+
+    Lists and dictionaries are written as in Python or JSON.
+    """
+    if kind == "str":
+        return text
+    if kind == "bool" and text.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return text.lower() in ("true", "yes", "1")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    return check_value(name, value, kind, text)
+
+
+def check_value(name: str, value: Any, kind: str, shown: Any = None) -> Any:
+    """`value`, or DynqError where it is not of the annotated type. shown: what the user wrote, for the message."""
+    wanted = _TYPES.get(kind, (object,))
+    inner: Iterable[Any] = value if kind == "list[str]" and isinstance(value, list) else ()
+    if kind == "dict[str, str]" and isinstance(value, dict):
+        inner = [*value, *value.values()]
+    wrong = not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")
+    if wrong or not all(isinstance(item, str) for item in inner):
+        raise DynqError(f"parameter {name} is a {kind}, not {value if shown is None else shown!r}")
+    return value
+
+
+def plan(
+    model: str,
+    targets: Iterable[str],
+    folder: RunFolder,
+    values: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> list[Task]:
+    """Every notebook of a run with its parameters, all checked; nothing is run and nothing written.
+
+    values: parameter name -> value; texts: the same as the command line gives them (``-p``), still to be parsed. A
+    parameter goes to every notebook that has one of that name. DynqError: a target that is no size or stands there
+    twice, an unknown or ill-typed parameter, a parameter other than the folder was made with.
+    """
+    targets = [parse_target(text).text.strip() for text in targets]
+    if not targets:
+        raise DynqError('no target; give at least one, such as --target 3.5bpw, --target 8GB or --target "like:Q4_K_M"')
+    names = [file_safe(target).lower() for target in targets]
+    for name, target in zip(names, targets, strict=True):
+        if names.count(name) > 1:
+            raise DynqError(f"target {target} stands there twice")
+    known = {notebook: inspect(notebook) for notebook in NOTEBOOKS}
+    kinds = {name: parameter.kind for found in known.values() for name, parameter in found.items()}
+    given = {**(values or {}), **(texts or {})}
+    for name in given:
+        if name not in kinds:
+            raise DynqError(f"no notebook has a parameter {name!r}; there are {', '.join(sorted(kinds))}")
+        if name in ("run", "model", "target", "targets"):
+            raise DynqError(f"parameter {name!r} is set by the command itself, not with -p")
+    given = {name: check_value(name, value, kinds[name]) for name, value in (values or {}).items()}
+    given |= {name: parse_value(name, text, kinds[name]) for name, text in (texts or {}).items()}
+    given |= {"run": str(folder.path), "model": model, "targets": targets, "force": folder.force}
+
+    tasks = []
+    for notebook in NOTEBOOKS:
+        own = {name: given.get(name, parameter.default) for name, parameter in known[notebook].items()}
+        step = notebook.partition("_")[2]
+        if notebook in PER_TARGET:
+            tasks += [Task(notebook, f"{step}.{file_safe(t)}", own | {"target": t}) for t in targets]
+        else:
+            tasks.append(Task(notebook, step, own))
+    for task in tasks:
+        folder.check(task.step, task.parameters)
+    return tasks
+
+
+def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> dict[str, Any]:
+    """Run the notebooks of a plan into ``notebooks/`` of the run folder; returns what evaluation.json holds.
+
+    stream: where headings and progress bars go, by default the standard error. DynqError raised in a notebook comes
+    out as itself.
+    """
+    stream = stream or sys.stderr
+    bars = stream if stream.isatty() else LineStream(stream)
+    with folder.lock():
+        for task in tasks:
+            started = time.monotonic()
+            stream.write(f"{task.output.removesuffix('.ipynb')}\n")
+            stream.flush()
+            _execute(task, folder, bars)
+            stream.write(f"  {time.monotonic() - started:.0f} s\n")
+    result: dict[str, Any] = folder.read_json("evaluation.json")
+    return result
+
+
+def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    executed = folder / "notebooks" / task.output
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    beside = executed.with_suffix(".partial.ipynb")  # papermill writes while it runs, and wants this ending
+    try:
+        papermill.execute_notebook(
+            str(notebook_folder() / f"{task.notebook}.ipynb"),
+            str(beside),
+            task.parameters,
+            progress_bar=False,
+            stderr_file=bars,
+            kernel_manager_class=_kernel_manager(folder),
+            coalesce_streams=True,
+        )
+    except papermill.PapermillExecutionError as error:
+        beside.replace(executed)
+        if error.ename == "DynqError":
+            raise DynqError(error.evalue) from None
+        if "No space left on device" in error.evalue:
+            raise DynqError(f"{folder.path}: the disk is full; make room and run the same command again") from None
+        if error.ename == "MemoryError":
+            raise DynqError(f"{task.output}: out of memory; take a smaller batch or a larger machine") from None
+        raise RunFailed(f"{error.ename}: {error.evalue} (a defect of dynq; the whole trace is in {executed})") from None
+    except DeadKernelError:
+        raise RunFailed(
+            f"{task.output}: its process was killed, by the system if memory ran out; run the same command to go on"
+        ) from None
+    beside.replace(executed)
+
+
+def _kernel_manager(folder: RunFolder) -> type:
+    """A kernel manager class whose kernel is this interpreter, in batch display, inside the folder's lock."""
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    environment = {
+        "DYNQ_DISPLAY": "static",
+        "PLOTLY_RENDERER": "notebook_connected",  # the default leaves a blank in an exported page
+        "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns),
+        LOCKED: str(folder.path),
+    }
+    spec = KernelSpec(
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"],
+        display_name="dynq",
+        language="python",
+        env=environment,
+    )
+
+    class ThisInterpreter(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return spec
+
+    return ThisInterpreter
+
+
+def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
+    """What a run ends by saying, from evaluation.json: one paragraph for each target."""
+    by_label = {entry["label"]: entry for entry in evaluation["files"]}
+    lines = []
+    for target in evaluation["targets"]:
+        own = by_label[target["label"]]
+        kld, error = own["statistics"]["Mean KLD"], own["statistics"]["Mean KLD ±"]
+        lines += [
+            "",
+            f"{folder / target['file']}",
+            f"  size         {own['file_bytes'] / 2**30:.3f} GiB ({own['file_bytes']:,} bytes), {own['bpw']:.3f} bpw",
+            f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})",
+        ]
+        mixes = [by_label[label] for label in dict.fromkeys((target["below"], target["above"]))]
+        shown = ", ".join(
+            f"{mix['label']} {mix['tensor_bytes']:,} bytes: {mix['statistics']['Mean KLD']:.4f}" for mix in mixes
+        )
+        where = "at the same bytes" if target["inside"] else "(none is of that size: the nearest)"
+        lines += [
+            f"  KLD ratio    {target['kld_ratio']:.2f} of llama.cpp's mixes {where}: {target['mix_kld']:.4f}",
+            f"               ({shown}; this file: {own['tensor_bytes']:,} bytes of tensors)",
+            f"  same top-1   {100 * own['statistics']['Same top p']:.1f} % "
+            + "("
+            + ", ".join(f"{mix['label']} {100 * mix['statistics']['Same top p']:.1f} %" for mix in mixes)
+            + ")",
+        ]
+        if target["generated"]:
+            lines.append(f"  llama.cpp    opened it and says: {_one_line(target['generated']['text'])}")
+        else:
+            lines.append("  llama.cpp    not asked: xllamacpp is not installed (pip install 'dynq[engine]')")
+    if evaluation["model"]["requantized"]:
+        lines += ["", "  The source was quantized already: KLD is against that file, not against the original model."]
+    return "\n".join([*lines[1:], "", f"report: {folder / 'report.html'}"])
+
+
+def _one_line(text: str, width: int = 160) -> str:
+    plain = json.dumps(" ".join(text.split()), ensure_ascii=False)
+    return plain if len(plain) <= width else plain[: width - 2] + '…"'
