@@ -1,0 +1,233 @@
+"""Encode and decode one tensor: checks, dispatch to the kernels, threads.
+
+A tensor is cut into runs of whole rows, each encoded on its own by compiled code that releases the GIL. Blocks never
+reach over a row and no sum reaches over a block, so the bytes do not depend on the number of threads.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+
+from dynq import formats
+from dynq.errors import DynqError
+from dynq.kernels import errors, fit, kquants, legacy
+from dynq.reference import PLANS
+
+CHUNK = 1 << 17  # weights encoded at a time by one thread: the chunk and its codes stay in a core's cache
+FLOOR = 1e-6  # least importance, of the mean: keeps least squares solvable where a channel was never seen
+F = np.float32
+
+
+def quantize(
+    weights: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, threads: int | None = None
+) -> np.ndarray:
+    """Encode float32 weights [..., n] as `fmt`: uint8 [..., row_bytes].
+
+    importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; the
+    encoder then minimises sum importance_j (w - what)^2. All zero counts as none being known: all channels weigh the
+    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; Q8_0, the
+    16-bit formats and F32 never use it. Values beyond the largest half float are stored as that one.
+
+    threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
+    divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
+    """
+    weights = np.asarray(weights)
+    if weights.ndim == 0:
+        raise DynqError("quantize needs an array of at least one dimension, got a scalar")
+    n = weights.shape[-1]
+    size = formats.row_bytes(fmt, n)
+    rows = np.ascontiguousarray(weights, dtype=F).reshape(-1, n)
+    columns = None if importance is None else _columns(importance, n)
+    out = np.empty((rows.shape[0], size), np.uint8)
+    encode = _encoder(fmt, columns)
+
+    def work(part: slice) -> None:
+        _check_finite(rows, part, weights.shape)
+        encode(rows[part], out[part])
+
+    _spread(work, rows.shape, threads)
+    return out.reshape(*weights.shape[:-1], size)
+
+
+def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.ndarray:
+    """Decode uint8 [..., row_bytes] of `fmt` to float32 [..., n], bit for bit as gguf-py does.
+
+    DynqError for an unknown format, another dtype, or bytes that do not divide into blocks.
+    """
+    data = np.asarray(data)
+    if data.dtype != np.uint8 or data.ndim == 0:
+        raise DynqError(f"dequantize needs an array of uint8, got {data.dtype} of {data.ndim} dimensions")
+    form = formats.get(fmt)
+    size = data.shape[-1]
+    if size % form.block_bytes:
+        raise DynqError(f"a row of {size} bytes does not divide into {fmt}'s blocks of {form.block_bytes} bytes")
+    n = size // form.block_bytes * form.block
+    rows = np.ascontiguousarray(data).reshape(-1, size)
+    out = np.empty((rows.shape[0], n), F)
+    decode = _decoder(fmt)
+    _spread(lambda part: decode(rows[part], out[part]), out.shape, threads)
+    return out.reshape(*data.shape[:-1], n)
+
+
+def weighted_error(weights: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None = None) -> float:
+    """sum importance_j (w - what)^2 over [..., n], in float64; importance [n], 1 if None.
+
+    DynqError where shapes differ.
+    """
+    weights, decoded = np.asarray(weights), np.asarray(decoded)
+    if weights.shape != decoded.shape or weights.ndim == 0:
+        raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} differ in shape")
+    n = weights.shape[-1]
+    columns = np.ones(n) if importance is None else np.ascontiguousarray(importance, np.float64)
+    if columns.shape != (n,):
+        raise DynqError(f"importance has shape {columns.shape}, the rows have {n} weights")
+    sums = np.empty(weights.size // n if n else 0)
+    a, b = (np.ascontiguousarray(x, dtype=F).reshape(-1, n) for x in (weights, decoded))
+    errors.weighted_error(a, b, columns, sums)
+    return float(sums.sum())
+
+
+def warmup(names: Iterable[str] | None = None) -> None:
+    """Compile the kernels of these formats (default: all), or load them from the cache, so that no later call waits."""
+    for name in formats.FORMATS if names is None else names:
+        n = formats.get(name).block
+        weights = np.linspace(-1, 1, n, dtype=F)[None]
+        for importance in (None, np.ones(n, F)):
+            weighted_error(weights, dequantize(quantize(weights, name, importance), name))
+
+
+def _columns(importance: np.ndarray, n: int) -> np.ndarray:
+    """The importance as the kernels want it: float32 [n] of mean 1, none below FLOOR."""
+    values = np.asarray(importance, dtype=np.float64)
+    if values.shape != (n,):
+        raise DynqError(f"importance has shape {values.shape}, the rows have {n} weights")
+    if not np.isfinite(values).all():
+        raise DynqError(f"importance is not finite at column {int(np.argmin(np.isfinite(values)))}")
+    if (values < 0).any():
+        raise DynqError(f"importance is negative at column {int(np.argmax(values < 0))}")
+    largest = values.max(initial=0.0)
+    if largest == 0:
+        return np.ones(n, F)
+    values = values / largest  # first, so that the mean cannot overflow
+    return np.maximum(values / values.mean(), FLOOR).astype(F)
+
+
+def _check_finite(rows: np.ndarray, part: slice, shape: tuple[int, ...]) -> None:
+    finite = np.isfinite(rows[part])
+    if not finite.all():
+        flat = part.start * rows.shape[1] + int(np.argmin(finite))
+        where = tuple(int(i) for i in np.unravel_index(flat, shape))
+        raise DynqError(f"weight {where} of {shape} is {rows.ravel()[flat]}; only finite weights can be encoded")
+
+
+def _spread(work: Callable[[slice], None], shape: tuple[int, ...], threads: int | None) -> None:
+    """Call `work` for runs of rows of about CHUNK weights, on `threads` threads; the first exception in row order is raised."""
+    rows, n = shape
+    step = max(1, CHUNK // max(n, 1))
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    workers = min(len(parts), threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if workers <= 1:
+        for part in parts:
+            work(part)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for done in [pool.submit(work, part) for part in parts]:
+            done.result()
+
+
+Encode = Callable[[np.ndarray, np.ndarray], None]
+
+
+def _encoder(name: str, columns: np.ndarray | None) -> Encode:
+    """The function (float32 [rows, n], uint8 [rows, row_bytes] to fill) of a format."""
+    if name in _FLOATS:
+        return lambda rows, out: _FLOATS[name](rows, out)
+    plan, width, size = PLANS[name], formats.get(name).block, formats.get(name).block_bytes
+    searched = width == 256 or (columns is not None and name != "Q8_0")
+
+    def encode(rows: np.ndarray, out: np.ndarray) -> None:
+        x, blocks = rows.reshape(-1, width), out.reshape(-1, size)
+        w = (np.ones(rows.shape[1], F) if columns is None else columns).reshape(-1, width)
+        codes = np.empty(x.shape, np.uint8)
+        d, m = np.empty((2, x.shape[0]), np.uint16)
+        low, high = F(plan.low), F(plan.high)
+        search, deltas = (np.array(plan.tries, F), plan.refinements), np.array(plan.deltas, F)
+        if width == 256 and plan.affine:
+            scales, mins = np.empty((2, x.shape[0], width // plan.sub), np.uint8)
+            fit.fit_affine(x, w, plan.sub, high, F(plan.top), *search, deltas, codes, scales, mins, d, m)
+            if name == "Q2_K":
+                kquants.pack_q2_k(codes, scales, mins, d, m, blocks)
+            else:
+                kquants.pack_q45_k(codes, scales, mins, d, m, name == "Q5_K", blocks)
+        elif width == 256:
+            levels = np.empty((x.shape[0], 16), np.int8)
+            fit.fit_symmetric(x, w, low, high, F(plan.bottom), F(plan.top), *search, deltas, codes, levels, d)
+            (kquants.pack_q3_k if name == "Q3_K" else kquants.pack_q6_k)(codes, levels, d, blocks)
+        else:
+            if plan.affine and searched:
+                fit.fit_block_affine(x, w, high, *search, codes, d, m)
+            elif plan.affine:
+                fit.round_affine(x, high, codes, d, m)
+            elif searched:
+                fit.fit_block_symmetric(x, w, low, high, *search, codes, d)
+            else:
+                fit.round_symmetric(x, low, high, F(plan.clip), codes, d)
+            if name == "Q8_0":
+                legacy.pack_q8_0(codes, d, blocks)
+            else:
+                legacy.pack(codes, d, m, plan.affine, name[1] == "5", blocks)
+
+    return encode
+
+
+def _decoder(name: str) -> Encode:
+    """The function (uint8 [rows, row_bytes], float32 [rows, n] to fill) of a format."""
+    form = formats.get(name)
+
+    def decode(rows: np.ndarray, out: np.ndarray) -> None:
+        data, x = rows.reshape(-1, form.block_bytes), out.reshape(-1, form.block)
+        if name == "F32":
+            out[:] = rows.view(F)
+        elif name == "F16":
+            out[:] = rows.view(np.float16)
+        elif name == "BF16":
+            np.left_shift(rows.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+        elif name == "Q8_0":
+            legacy.decode_q8_0(data, _half_table(), x)
+        elif name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
+            legacy.decode(data, _half_table(), name[3] == "1", name[1] == "5", x)
+        elif name in ("Q4_K", "Q5_K"):
+            kquants.decode_q45_k(data, _half_table(), name == "Q5_K", x)
+        else:
+            {"Q2_K": kquants.decode_q2_k, "Q3_K": kquants.decode_q3_k, "Q6_K": kquants.decode_q6_k}[name](
+                data, _half_table(), x
+            )
+
+    return decode
+
+
+@cache
+def _half_table() -> np.ndarray:
+    """The float32 of each half float, by its bits."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(F)
+
+
+def _encode_f32(rows: np.ndarray, out: np.ndarray) -> None:
+    out.view(F)[:] = rows
+
+
+def _encode_f16(rows: np.ndarray, out: np.ndarray) -> None:
+    out.view(np.float16)[:] = np.clip(rows, -65504, 65504)
+
+
+def _encode_bf16(rows: np.ndarray, out: np.ndarray) -> None:
+    bits = rows.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    largest = (bits >> np.uint32(16) & np.uint32(0x8000)) | np.uint32(0x7F7F)
+    out.view(np.uint16)[:] = np.where(rounded & np.uint32(0x7FFF) == np.uint32(0x7F80), largest, rounded)
+
+
+_FLOATS = {"F32": _encode_f32, "F16": _encode_f16, "BF16": _encode_bf16}

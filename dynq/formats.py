@@ -1,0 +1,77 @@
+"""The table of formats: names, block sizes and bytes of every GGUF tensor type that dynq writes.
+
+Sizes and identifiers come from gguf's constants; what is stated here is only what gguf does not know: which format
+llama.cpp falls back to when a row does not divide into blocks (``tensor_type_fallback`` in llama.cpp's
+``llama-quant.cpp``), and whether a format may be written without importance.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from dynq.errors import DynqError
+
+
+@dataclass(frozen=True)
+class Format:
+    """One GGUF tensor type. ``block`` weights along a row are stored together in ``block_bytes`` bytes."""
+
+    name: str
+    id: int
+    block: int
+    block_bytes: int
+    needs_importance: bool = False
+    fallback: str | None = None
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight."""
+        return 8 * self.block_bytes / self.block
+
+
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_NAMES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def _format(name: str) -> Format:
+    kind = GGMLQuantizationType[name]
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return Format(name, int(kind), block, block_bytes, fallback=_FALLBACK.get(name))
+
+
+FORMATS: dict[str, Format] = {name: _format(name) for name in _NAMES}
+
+
+def get(name: str) -> Format:
+    """The format called `name` (exactly as GGUF spells it). DynqError, naming the known ones, if there is none."""
+    try:
+        return FORMATS[name]
+    except KeyError:
+        raise DynqError(f"unknown format {name!r}; known formats: {', '.join(FORMATS)}") from None
+
+
+def row_bytes(name: str, n: int) -> int:
+    """Bytes of one row of `n` weights. DynqError if `n` is not divisible by the block."""
+    fmt = get(name)
+    if n % fmt.block:
+        raise DynqError(
+            f"a row of {n} weights does not divide into {name}'s blocks of {fmt.block}; use {usable(name, n)} for it"
+        )
+    return n // fmt.block * fmt.block_bytes
+
+
+def tensor_bytes(name: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of `shape` (rows first, row length last). DynqError if a row does not divide into blocks."""
+    return prod(shape[:-1]) * row_bytes(name, shape[-1]) if shape else row_bytes(name, 1)
+
+
+def usable(name: str, n: int) -> str:
+    """`name`, or what llama.cpp writes in its place for rows of `n` weights: its fallback, then F16."""
+    fmt = get(name)
+    if n % fmt.block == 0:
+        return name
+    if fmt.fallback is not None and n % FORMATS[fmt.fallback].block == 0:
+        return fmt.fallback
+    return "F16"

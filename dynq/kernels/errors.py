@@ -1,0 +1,27 @@
+"""Error metrics, summed in float64."""
+
+from dynq.kernels._jit import kernel
+
+
+@kernel
+def weighted_error(weights, decoded, importance, out):
+    """out[r] = sum_j importance_j (w_rj - what_rj)^2 of each row; float32 [rows, n] twice, float64 [n], float64 [rows].
+
+    Four running sums, so that the additions need not wait for one another; their order is fixed.
+    """
+    rows, n = weights.shape
+    for r in range(rows):
+        a, b, c, e = 0.0, 0.0, 0.0, 0.0
+        for j in range(0, n - 3, 4):
+            p = float(weights[r, j]) - float(decoded[r, j])
+            q = float(weights[r, j + 1]) - float(decoded[r, j + 1])
+            s = float(weights[r, j + 2]) - float(decoded[r, j + 2])
+            t = float(weights[r, j + 3]) - float(decoded[r, j + 3])
+            a += importance[j] * p * p
+            b += importance[j + 1] * q * q
+            c += importance[j + 2] * s * s
+            e += importance[j + 3] * t * t
+        for j in range(n - n % 4, n):
+            p = float(weights[r, j]) - float(decoded[r, j])
+            a += importance[j] * p * p
+        out[r] = (a + b) + (c + e)

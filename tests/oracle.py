@@ -1,0 +1,56 @@
+"""llama.cpp's own encoders and decoders, through the C symbols that xllamacpp's extension module exports.
+
+Used by the tests as the oracle and by tests/bench as the rival. Nothing here is imported by dynq itself.
+"""
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from dynq import formats
+from dynq.errors import DynqError
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None when xllamacpp (the extra `engine`) is not installed."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        return None
+    found = sorted(Path(spec.origin).parent.glob("xllamacpp*.so"))
+    if not found:
+        return None
+    lib = ctypes.CDLL(str(found[0]))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        _FLOATS,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        _FLOATS,
+    ]
+    return lib
+
+
+def quantize(weights: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """`ggml_quantize_chunk` over float32 [rows, n]: uint8 [rows, row_bytes]. Releases the GIL."""
+    lib = library()
+    if lib is None:
+        raise DynqError("xllamacpp is not installed; install the extra `engine`")
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    rows, n = weights.shape
+    out = np.empty((rows, formats.row_bytes(name, n)), dtype=np.uint8)
+    matrix = None
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, dtype=np.float32)
+        matrix = importance.ctypes.data_as(_FLOATS)
+    kind = formats.get(name).id
+    lib.ggml_quantize_chunk(kind, weights.ctypes.data_as(_FLOATS), out.ctypes.data, 0, rows, n, matrix)
+    return out
