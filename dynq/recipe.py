@@ -89,7 +89,7 @@ class Recipe:
                 f'{where}: the recipe holds "{unknown[0]}", which this dynq does not understand; update dynq'
             )
         for name, fmt in body["formats"].items():
-            if fmt not in _TYPES:
+            if not isinstance(fmt, str) or fmt not in _TYPES:
                 raise DynqError(f"{where}: {name} has the format {fmt!r}, which GGUF does not know")
         kld = body["predicted_kld"]
         return cls(

@@ -143,8 +143,8 @@ FILE_TYPES |= {
 }
 
 
-def dry_run(path: Path, mix: str, has_importance: bool) -> dict[str, str]:
-    """Tensor -> type, as libllama would write `path` as `mix`."""
+def dry_run(path: Path, mix: str, has_importance: bool, overrides: str = "") -> dict[str, str]:
+    """Tensor -> type, as libllama would write `path` as `mix`. overrides: the text of a --tensor-type-file."""
     import llama_cpp
 
     lines: list[str] = []
@@ -161,6 +161,13 @@ def dry_run(path: Path, mix: str, has_importance: bool) -> dict[str, str]:
     matrix = (entry * 2)(entry(b"none", one.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 1), entry(None, None, 0))
     if has_importance:
         params.imatrix = ctypes.cast(matrix, ctypes.POINTER(entry))
+    # as llama-quantize reads the file: words, cut at the first "=", the pattern in lower case
+    pairs = [word.partition("=")[::2] for word in overrides.split()]
+    override = llama_cpp.llama_model_tensor_override
+    kinds = [(pattern.lower().encode(), int(gguf.GGMLQuantizationType[kind.upper()])) for pattern, kind in pairs]
+    table = (override * (len(kinds) + 1))(*(override(*kind) for kind in kinds), override(None, 0))
+    if kinds:
+        params.tt_overrides = ctypes.cast(table, ctypes.POINTER(override))
     llama_cpp.llama_log_set(log, ctypes.c_void_p())
     try:
         failed = llama_cpp.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params))
