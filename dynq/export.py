@@ -1,0 +1,284 @@
+"""Write a GGUF by a recipe: streaming, atomic, read back and verified."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.gguf_writer import WriterState
+
+from dynq import __version__, codec, formats
+from dynq.checkpoint import Checkpoint
+from dynq.errors import DynqError
+from dynq.imatrix import Importance
+from dynq.progress import progress
+from dynq.recipe import KEY, Recipe
+
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_LONGEST_NAME = max(formats.FORMATS, key=len)
+# Room in `header_bytes` for what is not known before a recipe exists: its provenance, the names of texts and files.
+_ROOM = 4096
+
+
+def export(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    importance: Importance | None,
+    path: str | Path,
+    *,
+    imatrix_file: str = "",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Encode every tensor by the recipe and write the GGUF; `path` appears only once it is whole and verified.
+
+    The file is written beside its place as `<path>.partial`, read back with gguf's reader (names, types, shapes, a
+    hash of every tensor's bytes, metadata), flushed to the disk and renamed. In memory is one tensor at a time.
+    Tensors that llama.cpp never quantizes (norms, biases) are F32; a row that does not divide into a format's blocks
+    takes llama.cpp's fallback. The recipe as it was carried out is kept in the metadata.
+
+    Args:
+        importance: importance per tensor for the encoders, or None.
+        imatrix_file: the name to write as `quantize.imatrix.file`.
+        threads: threads of the encoders; the bytes do not depend on it.
+
+    Returns:
+        bytes (of the file), tensor_bytes, bpw (of all tensor data), sha256 (of the file), verified (True).
+
+    Raises:
+        DynqError: the recipe is not for this model, the directory is missing, the disk is full.
+    """
+    path = Path(path)
+    recipe = _carried_out(checkpoint, recipe)
+    metadata = _metadata(checkpoint, recipe, importance, imatrix_file)
+    header = _header(checkpoint, recipe.formats, metadata)
+    sizes = {n: formats.tensor_bytes(fmt, checkpoint.tensors[n].shape) for n, fmt in recipe.formats.items()}
+    needed = len(header) + sum(_padded(size) for size in sizes.values())
+    partial = path.with_name(path.name + ".partial")
+    _check_room(path, partial, needed)
+    digests: dict[str, str] = {}
+    whole = hashlib.sha256(header)
+    try:
+        with partial.open("wb") as file:
+            file.write(header)
+            for name, _, data in _encoded(checkpoint, recipe.formats, importance, threads, path.name):
+                digests[name] = hashlib.sha256(data.data).hexdigest()
+                for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
+                    whole.update(piece.data)
+                    file.write(piece.data)
+            file.flush()
+            os.fsync(file.fileno())
+        _verify(partial, checkpoint, recipe.formats, metadata, digests)
+        partial.replace(path)
+    except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DynqError(f"{path}: the disk is full; the file needs {needed:,} bytes") from error
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename, too, is on the disk
+    finally:
+        os.close(directory)
+    return {
+        "bytes": needed,
+        "tensor_bytes": recipe.tensor_bytes,
+        "bpw": recipe.bpw,
+        "sha256": whole.hexdigest(),
+        "verified": True,
+    }
+
+
+def simulate(
+    checkpoint: Checkpoint,
+    recipe_formats: dict[str, str],
+    importance: Importance | None,
+    threads: int | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as a reader of the exported file would see it: (name, float32 array in GGUF's layout).
+
+    Encodes the same bytes as `export` and decodes them, in memory, one tensor at a time.
+    """
+    chosen = _formats(checkpoint, recipe_formats)
+    for name, fmt, data in _encoded(checkpoint, chosen, importance, threads, "encode"):
+        yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
+
+
+def header_bytes(
+    checkpoint: Checkpoint,
+    recipe: Recipe | None = None,
+    importance: Importance | None = None,
+    imatrix_file: str = "",
+) -> int:
+    """Bytes of an exported file beside its tensors' data (header, metadata, padding), whatever formats it gets.
+
+    An upper bound: for a target such as "8GB". `recipe` gives the target and the provenance that will be written;
+    its formats and figures do not matter. Without one, 4 KiB are kept for them and for the names of the texts.
+    """
+    longest = 1e-300 / 3  # no fraction is written with more characters
+    draft = recipe or Recipe({}, "", 0, 0.0, None)
+    draft = replace(
+        draft,
+        formats=dict.fromkeys(checkpoint.tensors, _LONGEST_NAME),
+        tensor_bytes=1 << 62,
+        bpw=longest,
+        predicted_kld=longest,
+    )
+    metadata = _metadata(checkpoint, draft, importance, imatrix_file)
+    header = len(_header(checkpoint, dict.fromkeys(checkpoint.tensors, "F32"), metadata))
+    padding = sum(
+        max(_padded(size) - size for fmt in formats.FORMATS if (size := _size(fmt, info.shape)))
+        for info in checkpoint.tensors.values()
+    )
+    return header + padding + (_ROOM if recipe is None else 0)
+
+
+def _size(fmt: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor, 0 if its rows do not divide into the format's blocks."""
+    return 0 if shape[-1] % formats.get(fmt).block else formats.tensor_bytes(fmt, shape)
+
+
+def _formats(checkpoint: Checkpoint, wanted: dict[str, str]) -> dict[str, str]:
+    """The formats that the file will have, in file order. DynqError if the recipe is for another model."""
+    if missing := [name for name in checkpoint.tensors if name not in wanted]:
+        raise DynqError(f"the recipe has no format for {missing[0]} ({len(missing)} tensors): it is for another model")
+    if unknown := [name for name in wanted if name not in checkpoint.tensors]:
+        raise DynqError(
+            f"the recipe names {unknown[0]}, which {checkpoint.name} does not have: it is for another model"
+        )
+    return {
+        name: formats.usable(wanted[name], info.row) if info.quantizable else "F32"
+        for name, info in checkpoint.tensors.items()
+    }
+
+
+def _carried_out(checkpoint: Checkpoint, recipe: Recipe) -> Recipe:
+    """The recipe with the formats that are written, and their bytes."""
+    chosen = _formats(checkpoint, recipe.formats)
+    size = sum(formats.tensor_bytes(fmt, checkpoint.tensors[name].shape) for name, fmt in chosen.items())
+    return replace(recipe, formats=chosen, tensor_bytes=size, bpw=8 * size / checkpoint.n_weights)
+
+
+def _metadata(
+    checkpoint: Checkpoint, recipe: Recipe, importance: Importance | None, imatrix_file: str
+) -> dict[str, Any]:
+    """Every key of the file: the model's own, llama.cpp's about quantization, and dynq's."""
+    weights: Counter[str] = Counter()
+    for name, fmt in recipe.formats.items():
+        weights[fmt] += checkpoint.tensors[name].n_weights
+    keys = dict(checkpoint.metadata)
+    keys["general.quantization_version"] = gguf.GGML_QUANT_VERSION
+    keys["general.file_type"] = _file_type(weights.most_common(1)[0][0])
+    if importance is not None:
+        keys["quantize.imatrix.file"] = imatrix_file
+        keys["quantize.imatrix.dataset"] = ", ".join(importance.datasets)
+        keys["quantize.imatrix.entries_count"] = len(importance.sums)
+        keys["quantize.imatrix.chunks_count"] = importance.chunk_count
+    keys["dynq.version"] = __version__
+    keys[KEY] = recipe.to_json()
+    return {key: value for key, value in keys.items() if value not in ("", [])}  # GGUF's writer drops empty values
+
+
+def _file_type(fmt: str) -> int:
+    """llama.cpp's number for the mix that is named after a format (Q4_K: Q4_K_M)."""
+    names = gguf.LlamaFileType.__members__
+    return int(next(names[n] for n in (f"MOSTLY_{fmt}", f"MOSTLY_{fmt}_M", "ALL_F32") if n in names))
+
+
+def _header(checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any]) -> bytes:
+    """The file up to the first tensor's data."""
+    buffer = io.BytesIO()
+    writer = gguf.GGUFWriter(None, checkpoint.architecture.name)
+    for key, value in metadata.items():
+        if key != "general.architecture":  # the writer's own first key
+            writer.add_key_value(key, value, _value_type(value))
+    for name, fmt in chosen.items():
+        shape = checkpoint.tensors[name].shape
+        row = (*shape[:-1], formats.row_bytes(fmt, shape[-1]))  # gguf derives the shape from that of the bytes
+        kind = gguf.GGMLQuantizationType[fmt]
+        writer.add_tensor_info(name, row, np.dtype(np.uint8), formats.tensor_bytes(fmt, shape), kind)
+    writer.fout, writer.state = [buffer], WriterState.EMPTY  # type: ignore[list-item]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return buffer.getvalue().ljust(_padded(len(buffer.getvalue())), b"\0")
+
+
+def _value_type(value: Any) -> gguf.GGUFValueType:
+    """The type that llama.cpp expects: its whole numbers are uint32, its fractions float32."""
+    if isinstance(value, bool):
+        return gguf.GGUFValueType.BOOL
+    if isinstance(value, int):
+        if value < 0:
+            return gguf.GGUFValueType.INT32 if value >= -(1 << 31) else gguf.GGUFValueType.INT64
+        return gguf.GGUFValueType.UINT32 if value < 1 << 32 else gguf.GGUFValueType.UINT64
+    if isinstance(value, float):
+        return gguf.GGUFValueType.FLOAT32
+    return gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.ARRAY
+
+
+def _padded(size: int) -> int:
+    return gguf.GGUFWriter.ggml_pad(size, _ALIGNMENT)
+
+
+def _check_room(path: Path, partial: Path, needed: int) -> None:
+    if not path.parent.is_dir():
+        raise DynqError(f"{path}: the directory {path.parent} does not exist; make it first")
+    free = shutil.disk_usage(path.parent).free + (partial.stat().st_size if partial.exists() else 0)
+    if free < needed:
+        raise DynqError(f"{path}: the disk has {free:,} bytes left, the file needs {needed:,}")
+
+
+def _encoded(
+    checkpoint: Checkpoint,
+    chosen: dict[str, str],
+    importance: Importance | None,
+    threads: int | None,
+    what: str,
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(name, format, uint8 [..., row bytes]) of every tensor, in file order."""
+    for name, fmt in progress(chosen.items(), total=len(chosen), desc=what, unit="tensor"):
+        weights = checkpoint.read(name)
+        mean = importance.mean(name, weights.shape[-1]) if importance is not None else None
+        if mean is not None and mean.ndim == 2:  # experts: each matrix has an importance of its own
+            data = np.stack([codec.quantize(w, fmt, m, threads=threads) for w, m in zip(weights, mean, strict=True)])
+        else:
+            data = codec.quantize(weights, fmt, mean, threads=threads)
+        yield name, fmt, data
+
+
+def _verify(
+    path: Path, checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any], digests: dict[str, str]
+) -> None:
+    """Read the file with gguf's reader and compare it with what was meant. A difference is a fault of the machine."""
+    reader = gguf.GGUFReader(path)
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    wrong = [] if list(found) == list(chosen) else ["the list of tensors"]
+    for name, tensor in found.items():
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        if (tensor.tensor_type.name, shape) != (chosen.get(name), checkpoint.tensors[name].shape):
+            wrong.append(f"{name}'s type or shape")
+        elif hashlib.sha256(np.ascontiguousarray(tensor.data).data).hexdigest() != digests[name]:
+            wrong.append(f"{name}'s data")
+    for key, value in metadata.items():
+        field = reader.fields.get(key)
+        if field is None or not _same(field.contents(), value):
+            wrong.append(f"the key {key}")
+    if wrong:
+        raise DynqError(f"{path}: read back, {wrong[0]} is not what was written ({len(wrong)} faults): check the disk")
+
+
+def _same(found: Any, meant: Any) -> bool:
+    """Equality after GGUF's rounding of fractions to float32."""
+    if isinstance(meant, float) or (isinstance(meant, list) and isinstance(meant[0], float)):
+        return np.array_equal(np.asarray(found, np.float32), np.asarray(meant, np.float32))
+    return bool(found == meant)
