@@ -406,15 +406,16 @@ def _pin(
 
 
 def _in_unit(target: Target, size: float, n_weights: int, up: bool = False) -> str:
-    """`size` bytes in the target's unit, three digits after the point, rounded up if it must suffice."""
+    """`size` bytes in the target's unit, at least three decimals and four digits; up: never less than it."""
     if target.kind == "bpw":
         number, unit = 8 * size / n_weights, "bpw"
     elif target.kind == "file":
         number, unit = size / _UNITS[target.unit], _SPELLED[target.unit]
     else:
         number, unit = size / 1e6, "MB of tensor data"
-    number = math.ceil(number * 1000) / 1000 if up else number
-    return f"{number:.3f} {unit}"
+    digits = max(3, 3 - math.floor(math.log10(number)))
+    number = math.ceil(number * 10**digits) / 10**digits if up else number
+    return f"{number:.{digits}f} {unit}"
 
 
 def _too_small(target: Target, smallest: int, n_weights: int, budget: int) -> str:

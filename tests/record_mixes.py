@@ -11,34 +11,16 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
+from dynq.checkpoint import TensorInfo
+
 DATA = Path(__file__).parent / "data" / "mixes.json"
-
-
-class Tensor(NamedTuple):
-    """The part of a TensorInfo that mixes and allocation look at."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    @property
-    def layer(self) -> int | None:
-        return int(self.name.split(".")[1]) if self.name.startswith("blk.") else None
-
-    @property
-    def kind(self) -> str:
-        return self.name.split(".")[-2]
-
-    @property
-    def quantizable(self) -> bool:
-        # none of the models here has any other tensor of two dimensions that stays F32
-        return len(self.shape) > 1 and self.kind != "ffn_gate_inp"
 
 
 class Model(NamedTuple):
@@ -62,7 +44,7 @@ class Model(NamedTuple):
             f"{a}.attention.head_count_kv": self.kv_heads,
         } | ({f"{a}.expert_count": self.experts} if self.experts else {})
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, TensorInfo]:
         """In file order: embedding, layers, final norm, output."""
         shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, self.embd)}
         stack, suffix = ((2,), "_exps") if self.experts else ((), "")
@@ -81,7 +63,7 @@ class Model(NamedTuple):
         shapes["output_norm.weight"] = (self.embd,)
         if not self.tied:
             shapes["output.weight"] = (4, self.embd)
-        return {name: Tensor(name, shape) for name, shape in shapes.items()}
+        return {name: TensorInfo(name, shape, "F16") for name, shape in shapes.items()}
 
     def write(self, path: Path) -> None:
         a = self.arch
@@ -191,7 +173,7 @@ def runs(types: dict[str, str]) -> dict[str, str]:
     """Types per kind of tensor, run-length over the layers: {"attn_v": "Q6_K*4 Q4_K*2 ..."}; F32 left out."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     for name, fmt in types.items():
-        tensor = Tensor(name, ())
+        tensor = TensorInfo(name, (), "F16")
         if fmt != "F32":
             kinds.setdefault(tensor.kind, []).append((tensor.layer or 0, fmt))
     return {
@@ -200,10 +182,11 @@ def runs(types: dict[str, str]) -> dict[str, str]:
     }
 
 
-def decisions() -> Iterator[tuple[str, str, bool, dict[str, str]]]:
-    """(model, mix, has_importance, runs of the types) of every model and mix, from libllama."""
+def decisions(titles: Iterable[str] = MODELS) -> Iterator[tuple[str, str, bool, dict[str, str]]]:
+    """(model, mix, has_importance, runs of the types) of the models and every mix, from libllama."""
     with tempfile.TemporaryDirectory() as folder:
-        for title, model in MODELS.items():
+        for title in titles:
+            model = MODELS[title]
             path = Path(folder) / "model.gguf"
             model.write(path)
             for mix, has_importance in itertools.product(FILE_TYPES, (False, True)):

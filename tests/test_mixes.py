@@ -33,7 +33,9 @@ def test_same_as_recorded(title):
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python (the extra bench)")
 def test_same_as_libllama_here():
-    for title, mix, has_importance, found in decisions():
+    # the record holds them all; a few are enough to see that another build decides as the recorded one did
+    few = [title for title, model in MODELS.items() if model.layers < 30 or "70B" in title][::2]
+    for title, mix, has_importance, found in decisions(few):
         assert ours(title, mix, has_importance) == found, (title, mix, has_importance)
 
 
@@ -74,7 +76,7 @@ def test_neighbours_enclose_every_size():
     model = MODELS["llama, 32 layers, 4 heads shared (8B)"]
     arguments = model.tensors(), model.metadata(), True
     size = {name: mixes.mix_bytes(name, *arguments) for name in mixes.BASELINES}
-    for tensor_bytes in range(min(size.values()), max(size.values()), 1009):
+    for tensor_bytes in range(min(size.values()), max(size.values()), 10007):
         below, above, inside = mixes.neighbours(tensor_bytes, *arguments)
         assert inside and size[below] <= tensor_bytes <= size[above]
         assert not any(size[below] < s < size[above] for s in size.values())
