@@ -108,12 +108,13 @@ def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budge
     n = len(bytes_)
     if n == 0:
         return []
-    width = max(np.size(b) for b in bytes_)
+    rows = [(np.asarray(b), np.asarray(x)) for b, x in zip(bytes_, loss, strict=True)]
+    width = max(len(b) for b, _ in rows)
     size = np.full((n, width), np.iinfo(np.int64).max // (4 * n), dtype=np.int64)
     cost = np.full((n, width), np.inf)
-    for i, (b, x) in enumerate(zip(bytes_, loss, strict=True)):
-        size[i, : np.size(b)] = b
-        cost[i, : np.size(b)] = x
+    for i, (b, x) in enumerate(rows):
+        size[i, : len(b)] = b
+        cost[i, : len(b)] = x
     if size.min(axis=1).sum() > budget:
         raise ValueError(f"the smallest choices need {size.min(axis=1).sum()} bytes, more than {budget}")
     # Fewest bytes first, then least loss: argmin then takes the smallest of equal choices.
@@ -339,6 +340,7 @@ def _candidates(
     measured: dict[str, dict[str, tuple[str, int, float]]] = {
         name: {} for name, info in tensors.items() if info.quantizable
     }
+    shapes = {name: tensors[name].shape for name in measured}
     columns = (table.column(c).to_pylist() for c in ("tensor", "format", "predicted_kld"))
     for name, fmt, loss in zip(*columns, strict=True):
         if name not in measured:
@@ -347,9 +349,10 @@ def _candidates(
             )
         if loss is None or not math.isfinite(loss):
             raise DynqError(f"the sensitivity table has {loss} for {name} as {fmt}; measure the sensitivity again")
-        real, size = _stored(fmt, tensors[name].shape)
-        if real == fmt or real not in measured[name]:
-            measured[name][real] = real, size, loss
+        real, size = _stored(fmt, shapes[name])
+        found = measured[name]
+        if real == fmt or real not in found:
+            found[real] = real, size, loss
     pinned = _match_pins(pins, tensors)
 
     result: dict[str, list[tuple[str, int, float]]] = {}
