@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -104,6 +104,51 @@ class RunFolder:
         if checkpoint.fingerprint != made["inputs"]["model"]:
             raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
         return checkpoint
+
+    def text(
+        self,
+        split: str,
+        spec: str,
+        *,
+        checkpoint: "Checkpoint",
+        model: Callable[[], Any],
+        n_ctx: int,
+        n_chunks: int,
+        seed: int,
+        name: str = "text",
+    ) -> dict[str, Any]:
+        """The tokens of one split, made once, as ``<split>-text.json``: description, sha256, tokens (lists).
+
+        split, spec, n_ctx, n_chunks, seed: as `dynq.text.load_text` takes them; model: gives the original, called only
+        if the text must be sampled; name: what the user calls `spec`, for messages.
+        """
+        from dynq.text import load_text
+        from dynq.torch_model import load_tokenizer
+
+        sampled = spec in ("", "sampled")
+        inputs = {"model": checkpoint.fingerprint}
+        for path in [] if sampled else [Path(part.strip()) for part in spec.split(",")]:
+            if not path.is_file():
+                raise DynqError(f"{path}: no such file ({name})")
+            inputs[path.name] = content_hash(path)
+        file = f"{split}-text.json"
+        settings = {name: spec, "n_ctx": n_ctx, "n_chunks": n_chunks, "seed": seed}
+        with self.step(f"{split}-text", parameters=settings, inputs=inputs, outputs=[file]) as todo:
+            if todo:
+                text = load_text(
+                    spec,
+                    load_tokenizer(checkpoint),
+                    n_ctx=n_ctx,
+                    n_chunks=n_chunks,
+                    seed=seed,
+                    model=model() if sampled else None,
+                    split=split,
+                )
+                self.write_json(
+                    file, {"description": text.description, "sha256": text.sha256, "tokens": text.tokens.tolist()}
+                )
+        found: dict[str, Any] = self.read_json(file)
+        return found
 
     def check(self, name: str, parameters: Mapping[str, Any]) -> None:
         """DynqError if the step was made with other values of these parameters and `force` is not set.

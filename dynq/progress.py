@@ -66,7 +66,7 @@ def progress(
     leave: bool = True,
     file: TextIO | None = None,
 ) -> Any:
-    """A tqdm bar over `iterable`, or, without one, a bar of `total` units moved by ``.update(n)`` and ended by ``.close()``.
+    """A tqdm bar over `iterable`, or, without one, a bar of `total` units moved by ``.update(n)``; end that by ``.close()``.
 
     desc: what is being done; unit: what is counted; leave: whether the full bar stays. file: where a text bar goes,
     by default the standard error. For every loop that can last more than a second.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import dynq
 from dynq import export, formats, mixes
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.evaluate import kld
@@ -129,7 +130,7 @@ def _score(
     paths: dict[str, Path] = {}
     for label, contender in contenders.items():
         source = content_hash(folder / contender.file) if contender.file else imatrix
-        about = [checkpoint.fingerprint, text["sha256"], contender.formats, source]
+        about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         paths[label] = Path("scores") / f"{file_safe(label)}.{key}.json"
 

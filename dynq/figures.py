@@ -1,0 +1,294 @@
+"""Pictures of a run: each is a plotly figure with an HTML table beside it, made from the same numbers.
+
+The table is what remains where JavaScript is stripped (GitHub) and what a screen reader reads. Colours are Cividis and
+Okabe and Ito's palette, which the colour-blind can tell apart.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dynq import formats
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from dynq.checkpoint import TensorInfo
+    from dynq.imatrix import Importance
+    from dynq.recipe import Recipe
+
+BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
+_SCALE = "Cividis"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and its table. As the last value of a notebook's cell both are shown."""
+
+    figure: go.Figure
+    table: str
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+
+        self.figure.show()
+        display(HTML(self.table))
+
+
+def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
+    """Rows of a table as HTML; columns are the keys of the first row. Numbers stand right, floats with four digits."""
+    if not rows:
+        return f"<p>{escape(caption)}: nothing to show</p>"
+    head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(_cell(row[key]) for key in rows[0]) + "</tr>" for row in rows)
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"<td>{escape(str(value))}</td>"
+    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f'<td style="text-align:right">{shown}</td>'
+
+
+def _layout(figure: go.Figure, title: str, height: int = 420, **more: Any) -> go.Figure:
+    return figure.update_layout(
+        title=title, height=height, width=860, margin={"l": 70, "r": 30, "t": 60, "b": 60}, template="plotly_white"
+    ).update_layout(**more)
+
+
+# --- 03: importance ---------------------------------------------------------------------------------------------------
+
+
+def importance_map(
+    importance: "Importance", tensors: "Mapping[str, TensorInfo]", kind: str = "attn_q", bins: int = 256
+) -> Picture:
+    """Importance of each input channel of one kind of tensor, layer by layer, relative to the layer's mean.
+
+    Wide layers are drawn in `bins` bins, each as bright as its largest channel. The table has every kind: the largest
+    channel over the median one, and the share of the sum that the top 1 % of channels carry, as means over layers.
+    """
+    shares: dict[str, list[tuple[float, float]]] = {}
+    rows: list[np.ndarray] = []
+    layers: list[str] = []
+    for name, info in tensors.items():
+        mean = importance.mean(name)
+        if mean is None:
+            continue
+        values = np.sort(mean.reshape(-1, mean.shape[-1]).mean(axis=0, dtype=np.float64))[::-1]
+        top = values[: max(1, len(values) // 100)].sum() / max(values.sum(), 1e-300)
+        shares.setdefault(info.kind, []).append((values[0] / max(float(np.median(values)), 1e-300), top))
+        if info.kind == kind:
+            flat = mean.reshape(-1, mean.shape[-1]).mean(axis=0, dtype=np.float64)
+            cells = [float(part.max()) for part in np.array_split(flat, min(bins, len(flat)))]
+            rows.append(np.log10(np.maximum(np.array(cells) / max(flat.mean(), 1e-300), 1e-6)))
+            layers.append(str(info.layer))
+    figure = go.Figure(
+        go.Heatmap(z=[list(map(float, row)) for row in rows], y=layers, colorscale=_SCALE, colorbar={"title": "log10"})
+    )
+    _layout(figure, f"Importance of the channels that {kind} reads, over the layer's mean", 380)
+    figure.update_xaxes(title="input channel").update_yaxes(title="layer", type="category")
+    table = [
+        {
+            "kind": found,
+            "tensors": len(pairs),
+            "largest / median channel": float(np.mean([a for a, _ in pairs])),
+            "share of the top 1 % of channels": float(np.mean([b for _, b in pairs])),
+        }
+        for found, pairs in shares.items()
+    ]
+    return Picture(figure, html_table(table, "How uneven the channels are, mean over layers"))
+
+
+# --- 04: sensitivity --------------------------------------------------------------------------------------------------
+
+
+def sensitivity_map(table: "pyarrow.Table") -> Picture:
+    """Predicted KLD of every tensor in every format, as a heat map; the table has the sums by kind and format."""
+    rows = table.to_pylist()
+    names = list(dict.fromkeys(row["tensor"] for row in rows))
+    found = sorted({row["format"] for row in rows}, key=lambda fmt: (formats.get(fmt).bpw, fmt))
+    value = {(row["tensor"], row["format"]): row["predicted_kld"] for row in rows}
+    logs = [
+        [None if (v := value.get((name, fmt))) is None else float(np.log10(max(v, 1e-9))) for fmt in found]
+        for name in names
+    ]
+    figure = go.Figure(go.Heatmap(z=logs, x=found, y=names, colorscale=_SCALE, colorbar={"title": "log10 nats"}))
+    _layout(
+        figure,
+        "Predicted KL divergence, one tensor in one format",
+        220 + 8 * len(names),
+        margin={"l": 170, "r": 30, "t": 60, "b": 60},
+    )
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 9})
+    sums: dict[str, dict[str, float]] = {}
+    for row in rows:
+        kind = sums.setdefault(row["kind"], dict.fromkeys(found, 0.0))
+        kind[row["format"]] += row["predicted_kld"]
+    lines = [{"kind": kind} | {fmt: v or None for fmt, v in by_format.items()} for kind, by_format in sums.items()]
+    return Picture(figure, html_table(lines, "Predicted KLD in nats per token, summed over the tensors of a kind"))
+
+
+def prediction_scatter(table: "pyarrow.Table", agreement: Mapping[str, Any]) -> Picture:
+    """Predicted against measured KLD of the swaps that were measured. agreement: of `dynq.sensitivity.agreement`."""
+    rows = [row for row in table.to_pylist() if row["measured_kld"] is not None]
+    figure = go.Figure()
+    for fmt, colour in zip(sorted({row["format"] for row in rows}), (BLUE, ORANGE, GREEN, PINK) * 8, strict=False):
+        own = [row for row in rows if row["format"] == fmt]
+        figure.add_scatter(
+            x=[row["measured_kld"] for row in own],
+            y=[row["predicted_kld"] for row in own],
+            error_y={"array": [row["predicted_error"] for row in own], "thickness": 1},
+            text=[row["tensor"] for row in own],
+            mode="markers",
+            name=fmt,
+            marker={"color": colour, "size": 8},
+        )
+    if rows:
+        ends = [f(row[key] for row in rows for key in ("measured_kld", "predicted_kld")) for f in (min, max)]
+        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": BLACK, "dash": "dot", "width": 1})
+    ranks = ", ".join(f"{fmt} {rho:.2f}" for fmt, rho in agreement["rank"].items() if rho is not None)
+    _layout(figure, "Predicted and measured KLD of single swaps" + (f" (rank correlation {ranks})" if ranks else ""))
+    figure.update_xaxes(title="measured, nats", type="log").update_yaxes(title="predicted, nats", type="log")
+    lines = [
+        {
+            "tensor": row["tensor"],
+            "format": row["format"],
+            "predicted": row["predicted_kld"],
+            "±": row["predicted_error"],
+            "measured": row["measured_kld"],
+            "predicted / measured": row["predicted_kld"] / max(row["measured_kld"], 1e-12),
+        }
+        for row in rows
+    ]
+    return Picture(figure, html_table(lines, "Swaps that were measured"))
+
+
+# --- 05: the recipe ---------------------------------------------------------------------------------------------------
+
+
+def recipe_grid(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]", mix: Mapping[str, str] | None = None) -> Picture:
+    """The formats of a recipe: layers down, kinds of tensor across, colour = bits per weight.
+
+    mix: another recipe's formats of about the same size; the table then has how the two spend their bytes.
+    """
+    shown = {name: fmt for name, fmt in recipe.formats.items() if tensors[name].quantizable}
+    kinds = list(dict.fromkeys(tensors[name].kind for name in shown))
+    layers = sorted({tensors[name].layer for name in shown}, key=lambda layer: -1 if layer is None else layer)
+    at = {(tensors[name].layer, tensors[name].kind): fmt for name, fmt in shown.items()}
+    names = [["" if (fmt := at.get((layer, kind))) is None else fmt for kind in kinds] for layer in layers]
+    bits = [[formats.get(fmt).bpw if fmt else None for fmt in line] for line in names]
+    figure = go.Figure(
+        go.Heatmap(
+            z=bits,
+            x=kinds,
+            y=["no layer" if layer is None else str(layer) for layer in layers],
+            text=names,
+            texttemplate="%{text}",
+            textfont={"size": 10},
+            colorscale=_SCALE,
+            colorbar={"title": "bpw"},
+            xgap=1,
+            ygap=1,
+        )
+    )
+    _layout(figure, f"Recipe for {recipe.target}: {recipe.bpw:.3f} bpw", 220 + 22 * len(layers))
+    figure.update_yaxes(autorange="reversed", title="layer", type="category")
+    lines = []
+    for kind in kinds:
+        own = [name for name in shown if tensors[name].kind == kind]
+        line: dict[str, Any] = {"kind": kind, "tensors": len(own), "bpw": _bpw(own, recipe.formats, tensors)}
+        if mix:
+            line["bpw in the mix"] = _bpw(own, mix, tensors)
+        found = [recipe.formats[name] for name in own]
+        line["formats"] = ", ".join(
+            f"{found.count(fmt)} {fmt}" for fmt in sorted(set(found), key=lambda f: formats.get(f).bpw)
+        )
+        lines.append(line)
+    return Picture(figure, html_table(lines, "Where the bits go"))
+
+
+def _bpw(names: Iterable[str], recipe: Mapping[str, str], tensors: "Mapping[str, TensorInfo]") -> float:
+    names = list(names)
+    size = sum(formats.tensor_bytes(recipe[name], tensors[name].shape) for name in names)
+    return 8 * size / sum(tensors[name].n_weights for name in names)
+
+
+# --- 06: the file -----------------------------------------------------------------------------------------------------
+
+
+def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Picture:
+    """How many bytes of a file each format takes, stacked by kind of tensor."""
+    found = sorted(set(recipe.formats.values()), key=lambda fmt: (formats.get(fmt).bpw, fmt))
+    size = {name: formats.tensor_bytes(fmt, tensors[name].shape) for name, fmt in recipe.formats.items()}
+    figure = go.Figure()
+    for kind in dict.fromkeys(info.kind for info in tensors.values() if info.quantizable):
+        own = [name for name in size if tensors[name].kind == kind]
+        totals = [sum(size[name] for name in own if recipe.formats[name] == fmt) / 1e6 for fmt in found]
+        figure.add_bar(x=found, y=totals, name=kind)
+    _layout(figure, f"What the {recipe.tensor_bytes:,} bytes of tensor data are", barmode="stack")
+    figure.update_yaxes(title="MB (10^6 bytes)")
+    lines = []
+    for fmt in found:
+        own = [name for name, chosen in recipe.formats.items() if chosen == fmt]
+        weights = sum(tensors[name].n_weights for name in own)
+        total = sum(size[name] for name in own)
+        lines.append(
+            {"format": fmt, "bpw": formats.get(fmt).bpw, "tensors": len(own), "weights": weights, "bytes": total}
+        )
+    return Picture(figure, html_table(lines, "Formats in the file"))
+
+
+# --- 07: the proof ----------------------------------------------------------------------------------------------------
+
+
+def frontier(evaluation: Mapping[str, Any]) -> Picture:
+    """KLD against size for everything that was scored; between two mixes the line is log KLD linear in bytes."""
+    style = {
+        "mix": ("llama.cpp's mixes", ORANGE, "lines+markers+text"),
+        "uniform": ("one format", PINK, "markers+text"),
+        "dynamic": ("dynq", BLUE, "markers+text"),
+    }
+    figure = go.Figure()
+    for kind, (name, colour, mode) in style.items():
+        own = [entry for entry in evaluation["files"] if entry["kind"] == kind]
+        figure.add_scatter(
+            x=[entry["tensor_bytes"] / 1e6 for entry in own],
+            y=[entry["statistics"]["Mean KLD"] for entry in own],
+            error_y={"array": [entry["statistics"]["Mean KLD ±"] for entry in own], "thickness": 1},
+            text=[entry["label"].removeprefix("uniform ") for entry in own],
+            textposition="bottom center" if kind == "dynamic" else "top center",
+            mode=mode,
+            name=name,
+            marker={"color": colour, "size": 11, "symbol": "diamond" if kind == "dynamic" else "circle"},
+            line={"color": colour, "width": 1.5},
+        )
+    _layout(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
+    figure.update_xaxes(title="tensor data, MB (10^6 bytes)")
+    figure.update_yaxes(title="mean KLD, nats per token (less is better)", type="log", dtick="D1")
+    return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each file that was scored, smallest first."""
+    return [
+        {
+            "file": entry["label"],
+            "tensor bytes": entry["tensor_bytes"],
+            "bpw": entry["bpw"],
+            "KLD": entry["statistics"]["Mean KLD"],
+            "±": entry["statistics"]["Mean KLD ±"],
+            "99.9 % KLD": entry["statistics"]["99.9% KLD"],
+            "perplexity": entry["statistics"]["Mean PPL(Q)"],
+            "perplexity of the original": entry["statistics"]["Mean PPL(base)"],
+            "same top-1, %": 100 * entry["statistics"]["Same top p"],
+        }
+        for entry in evaluation["files"]
+    ]
