@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ class Generation:
     """What the engine generated.
 
     text, tokens: the continuation, without the prompt.
-    top_logprobs: per token, {token id: natural log-probability} of the most likely ones, before any sampling.
+    top_logprobs: per token, {token id: natural log-probability} of the most likely ones, before any sampling. Empty
+        where llama.cpp does not give them for every token (it leaves out those that end inside a character).
     """
 
     text: str
@@ -46,6 +48,7 @@ class Engine:
             raise DynqError('llama.cpp is not installed here; pip install "dynq[engine]"') from None
         if not Path(path).is_file():
             raise DynqError(f"{path}: no such file")
+        self.path = Path(path)
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = n_ctx, 1, 0
@@ -77,36 +80,41 @@ class Engine:
             n_tokens: at most so many; fewer if the model ends its answer, unless `ignore_eos`.
             top: log-probabilities to return per token.
         """
-        request = {
-            "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
-            "max_tokens": n_tokens,
-            "temperature": 0.0,
-            "logprobs": top,
-            "ignore_eos": ignore_eos,
-            "cache_prompt": False,
-        }
-        answer = self._server.handle_completions(request)
-        if "error" in answer:
-            raise DynqError(f"llama.cpp refused the prompt: {answer['error'].get('message', answer['error'])}")
-        choice = answer["choices"][0]
-        steps = choice["logprobs"]["content"]
-        return Generation(
-            choice["text"],
-            [step["id"] for step in steps],
-            [{entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps],
+        answer = self._post(
+            "completion",
+            {
+                "prompt": prompt if isinstance(prompt, str) else [int(token) for token in prompt],
+                "n_predict": n_tokens,
+                "temperature": 0.0,
+                "n_probs": top,
+                "ignore_eos": ignore_eos,
+                "return_tokens": True,
+                "cache_prompt": False,
+            },
         )
+        steps = answer.get("completion_probabilities", [])
+        tops = [{entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps]
+        whole = [step["id"] for step in steps] == answer["tokens"]
+        return Generation(answer["content"], answer["tokens"], tops if whole else [])
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """Token ids of a text in llama.cpp. Special tokens in the text are recognised.
 
         add_special: put first and last tokens where the file asks for them.
         """
-        body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
+        request = {"content": text, "add_special": add_special, "parse_special": True}
+        return list(self._post("tokenize", request)["tokens"])
+
+    def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
-            f"{self._server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+            f"{self._server.listening_address}/{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request) as response:
-            return list(json.load(response)["tokens"])
+        try:
+            with urllib.request.urlopen(request) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace").strip()
+            raise DynqError(f"{self.path}: llama.cpp refused the request: {reason}") from error
 
 
 def generate(path: str | Path, prompt: str | Sequence[int], n_tokens: int = 64, *, top: int = 20) -> Generation:
