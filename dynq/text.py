@@ -1,0 +1,337 @@
+"""The text a model is calibrated and evaluated on: plain files, chats, or sampled from the model itself.
+
+Chunks are what llama.cpp's tools make of a text: consecutive, none overlapping, each starting with the BOS token
+where the tokenizer adds one (see `compute_imatrix` in its tools/imatrix/imatrix.cpp).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dynq.errors import DynqError
+from dynq.progress import progress
+
+Messages = list[dict[str, str]]
+
+_BATCH = 64  # conversations sampled at once: bounds the memory of the key-value cache
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # names used by ShareGPT
+
+
+@dataclass(frozen=True)
+class Text:
+    """tokens: int32 [n_chunks, n_ctx]; description: source, counts, seed; sha256: of shape and tokens."""
+
+    tokens: NDArray[np.int32]
+    description: str
+    sha256: str
+
+
+def prompts(split: str) -> list[Messages]:
+    """The hand-written conversations of the package, each ending with a user's turn.
+
+    split: "calibrate", or "evaluate": fewer, on other subjects. Raises DynqError for another name.
+    """
+    if split not in ("calibrate", "evaluate"):
+        raise DynqError(f"no prompts for split {split!r}; there are 'calibrate' and 'evaluate'")
+    lines = (files("dynq") / "data" / "prompts.jsonl").read_text("utf-8").splitlines()
+    return [entry["messages"] for entry in map(json.loads, lines) if entry["split"] == split]
+
+
+def load_text(
+    spec: str,
+    tokenizer: Any,
+    *,
+    n_ctx: int,
+    n_chunks: int,
+    seed: int,
+    model: Any = None,
+    split: str = "calibrate",
+) -> Text:
+    """Tokens from the source that `spec` names, as `n_chunks` chunks of `n_ctx` tokens.
+
+    spec: "" or "sampled": answers that `model` gives to `prompts(split)`, see `sample_chats`; every chunk starts with
+            the start of a conversation, the last one in it is cut.
+        Otherwise a path or several, separated by commas. Chunks are taken from the start of each file, and from
+            several files in turn, one chunk each, until they are enough. Markers of special tokens in a file count as
+            those tokens (``llama-imatrix --parse-special``). Files are
+            - ``.jsonl``: one conversation a line, {"messages": [{"role", "content"}]}, {"conversations": ...} (also
+              with ShareGPT's "from" and "value") or {"text": ...}, rendered by the model's chat template, without
+              one as the bare contents with empty lines between, and joined to one stream;
+            - anything else: plain UTF-8 text, less one newline at its very end, as llama.cpp's ``-f`` reads it.
+    tokenizer, model: of transformers; `model` only for sampled text.
+    seed: of the sampling and of the order of the prompts; files are taken as they are.
+
+    A source that is too short gives fewer chunks and the description says so. Raises DynqError if it does not fill a
+    single one, or if a file is missing, not UTF-8, or has a line that is no conversation (named with its number).
+    """
+    if n_ctx < 2 or n_chunks < 1:
+        raise DynqError(f"{n_chunks} chunks of {n_ctx} tokens asked for; at least 1 of 2 is needed")
+    if spec in ("", "sampled"):
+        if model is None:
+            raise DynqError("text sampled from the model needs the model; pass it, or name a file")
+        chunks, source = _sampled_chunks(model, tokenizer, prompts(split), n_ctx, n_chunks, seed)
+        source = f"{source} ({split} split), seed {seed}"
+    else:
+        paths = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
+        chunks = _file_chunks([Path(path) for path in paths], tokenizer, n_ctx, n_chunks)
+        source = ", ".join(Path(path).name for path in paths)
+    tokens = np.array(chunks, dtype=np.int32)
+    asked = "" if len(tokens) == n_chunks else f" ({n_chunks} were asked for, the text has no more)"
+    digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes()).hexdigest()
+    return Text(tokens, f"{source}: {len(tokens)} chunks of {n_ctx} tokens{asked}", digest)
+
+
+def sample_chats(
+    model: Any, tokenizer: Any, encoded: list[list[int]], *, max_tokens: int, generator: Any, bar: Any = None
+) -> list[list[int]]:
+    """Let `model` continue prompts at temperature 1 without top-k or top-p, so that the answers follow its own
+    distribution: what the Fisher information of a text assumes.
+
+    encoded: token ids of each prompt, its template included. Returns prompt and answer in one list of ids for each,
+    in the same order. A prompt and an answer take at most half of `max_tokens` each (a prompt keeps its beginning).
+    An answer ends with the model's end-of-turn token, which is kept, and what the chat template writes after it.
+    generator: torch.Generator on the CPU; equal seeds and thread counts give equal answers. bar: counts tokens.
+    """
+    stop, tail = _end_of_turn(model, tokenizer)
+    encoded = [prompt[: max_tokens // 2] for prompt in encoded]
+    # neighbours of equal length share a batch: less padding
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    chats: list[list[int]] = [[] for _ in encoded]
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        answers = _sample_batch(model, [encoded[at] for at in rows], max_tokens // 2, stop, generator, bar)
+        for at, answer in zip(rows, answers, strict=True):
+            chats[at] = encoded[at] + answer + (tail if answer[-1] in stop else [])
+    return chats
+
+
+def _sampled_chunks(
+    model: Any, tokenizer: Any, conversations: list[Messages], n_ctx: int, n_chunks: int, seed: int
+) -> tuple[list[list[int]], str]:
+    """Chunks packed from sampled chats, and how many prompts that took."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    encoded = [_encode_prompt(tokenizer, messages)[: n_ctx // 2] for messages in conversations]
+    chunks: list[list[int]] = []
+    filling: list[int] = []
+    used, answered = 0, 0
+    order: list[int] = []
+    bar = progress(total=n_chunks * n_ctx, desc="sample text", unit="tok")
+    try:
+        while len(chunks) < n_chunks:
+            missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - len(filling))  # the ends of chunks cut chats
+            answer = answered / used if used else n_ctx / 4
+            members: list[int] = []
+            while missing > 0 and len(members) < 4 * _BATCH:
+                if not order:  # every prompt once before any comes again
+                    order = torch.randperm(len(encoded), generator=generator).tolist()
+                members.append(order.pop())
+                missing -= len(encoded[members[-1]]) + answer
+            batch = [encoded[at] for at in members]
+            for prompt, chat in zip(
+                batch,
+                sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar),
+                strict=True,
+            ):
+                used, answered = used + 1, answered + len(chat) - len(prompt)
+                filling += chat
+                if len(filling) >= n_ctx:
+                    chunks.append(filling[:n_ctx])
+                    filling = []
+        bar.update(bar.total - bar.n)
+    finally:
+        bar.close()
+    return chunks[:n_chunks], f"sampled from the model with {used} prompts"
+
+
+def _sample_batch(
+    model: Any, encoded: list[list[int]], max_answer: int, stop: set[int], generator: Any, bar: Any
+) -> list[list[int]]:
+    """One answer of 1 to `max_answer` tokens per prompt.
+
+    Prompts are padded on the left; rows that ended leave the batch when half of them have.
+    """
+    import inspect
+
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    width = max(map(len, encoded))
+    ids = torch.zeros((len(encoded), width), dtype=torch.long)  # the padding is masked, any token will do
+    mask = torch.zeros((len(encoded), width), dtype=torch.long)
+    for row, prompt in enumerate(encoded):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = list(range(len(encoded)))  # which prompt each row of the batch belongs to
+    answers: list[list[int]] = [[] for _ in encoded]
+    open_rows = set(rows)
+    cache, first = None, True
+    device = model.device
+    with torch.inference_mode():
+        while True:
+            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "past_key_values": cache}
+            if "position_ids" in accepted:
+                inputs["position_ids"] = positions.to(device)
+            if "logits_to_keep" in accepted:
+                inputs["logits_to_keep"] = 1
+            output = model(**inputs, use_cache=True)
+            cache = output.past_key_values
+            # inverse of the distribution function: five times as fast as torch.multinomial
+            sums = output.logits[:, -1].float().cpu().softmax(-1).cumsum(-1)
+            drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
+            ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+            if bar is not None:
+                bar.update(max(0, min(bar.total - bar.n, len(open_rows) + (sum(map(len, encoded)) if first else 0))))
+            first = False
+            for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
+                if row in open_rows:
+                    answers[row].append(token)
+                    if token in stop or len(answers[row]) == max_answer:
+                        open_rows.remove(row)
+            if not open_rows:
+                return answers
+            if 2 * len(open_rows) <= len(rows) and hasattr(cache, "batch_select_indices"):
+                keep = torch.tensor([at for at, row in enumerate(rows) if row in open_rows])
+                rows = [rows[at] for at in keep.tolist()]
+                ids, mask, positions = ids[keep], mask[keep], positions[keep]
+                cache.batch_select_indices(keep.to(device))
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+
+def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -> list[list[int]]:
+    """Chunks of the files in turn; a file that ends drops out."""
+    bos = _bos(tokenizer)
+    sources, lengths = [], []
+    for path in paths:
+        ids = _file_tokens(path, tokenizer, n_ctx * n_chunks)
+        lengths.append(len(ids))
+        sources.append([ids[at : at + n_ctx] for at in range(0, len(ids) - n_ctx + 1, n_ctx)])
+    chunks: list[list[int]] = []
+    for turn in range(max(map(len, sources), default=0)):
+        chunks += [list(source[turn]) for source in sources if turn < len(source)]
+    if not chunks:
+        names = ", ".join(map(str, paths))
+        raise DynqError(
+            f"{names}: {max(lengths, default=0)} tokens, fewer than one chunk of {n_ctx}; "
+            "take a longer text or a smaller n_ctx"
+        )
+    if bos is not None:
+        for chunk in chunks:
+            chunk[0] = bos
+    return chunks[:n_chunks]
+
+
+def _file_tokens(path: Path, tokenizer: Any, need: int) -> list[int]:
+    """The first `need` tokens of a file, or fewer if it has no more."""
+    try:
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            ids: list[int] = []
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        ids += _line_tokens(tokenizer, line, f"{path}:{number}")
+                    if len(ids) >= need:
+                        break
+            return ids[:need]
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise DynqError(f"{path}: the text cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DynqError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
+    text = text.removesuffix("\n")
+    # Only as much of a long text as is needed; tokens near the cut may differ from those of the whole, so 64 are spare.
+    length = 16 * need
+    while True:
+        ids = _encode(tokenizer, text[:length])
+        if length >= len(text) or len(ids) >= need + 64:
+            return ids[:need]
+        length *= 4
+
+
+def _line_tokens(tokenizer: Any, line: str, where: str) -> list[int]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DynqError(f"{where}: no valid JSON: {error.msg} at column {error.colno}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return _encode(tokenizer, entry["text"])
+    turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise DynqError(f'{where}: no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
+    messages = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DynqError(f"{where}: a turn without role or content as text")
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    if not tokenizer.chat_template:
+        return _encode(tokenizer, _plain(messages))
+    return _encode(tokenizer, _templated(tokenizer, messages, where), special=False)
+
+
+def _encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    if not tokenizer.chat_template:
+        return _encode(tokenizer, _plain(messages))
+    return _encode(tokenizer, _templated(tokenizer, messages, "prompt", answer=True), special=False)
+
+
+def _plain(messages: Messages) -> str:
+    return "".join(message["content"] + "\n\n" for message in messages)
+
+
+def _templated(tokenizer: Any, messages: Messages, where: str, answer: bool = False) -> str:
+    """The chat template's text; a system message goes into the first user's where the template knows no such role."""
+    from jinja2 import TemplateError
+
+    merged = messages
+    if len(messages) > 1 and messages[0]["role"] == "system":
+        first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+        merged = [first, *messages[2:]]
+    for attempt in (messages, merged):
+        try:
+            return tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=answer)
+        except TemplateError as error:
+            failure = error
+    raise DynqError(f"{where}: the model's chat template refuses it: {failure}") from failure
+
+
+def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Token ids; with `special` a BOS in front where the tokenizer adds one, never an EOS at the end."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bos = _bos(tokenizer) if special else None
+    return ids if bos is None else [bos, *ids]
+
+
+def _bos(tokenizer: Any) -> int | None:
+    """The BOS token if the tokenizer puts it before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else None
+
+
+def _end_of_turn(model: Any, tokenizer: Any) -> tuple[set[int], list[int]]:
+    """(tokens that end an answer, tokens the chat template writes after that one)."""
+    stop: set[int] = set()
+    for source in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
+        stop.update([source] if isinstance(source, int) else source or [])
+    tail: list[int] = []
+    if tokenizer.chat_template:
+        # the template itself shows it: the special token that follows an answer (fine-tunes forget to declare it)
+        answer = "dynq-answer"
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        after = _encode(tokenizer, _templated(tokenizer, messages, "prompt").rpartition(answer)[2], special=False)
+        special = set(tokenizer.all_special_ids)
+        at = next((at for at, token in enumerate(after) if token in special), None)
+        if at is not None:
+            stop.add(after[at])
+            tail = after[at + 1 :]
+    return stop, tail
