@@ -39,6 +39,8 @@ class LineStream:
                     self._emit()
                 self._over = True
             elif piece:
+                if not self._line.strip():  # a new bar: its first line is due in a while, not now
+                    self._last = time.monotonic()
                 self._line, self._over = piece if self._over else self._line + piece, False
         return len(text)
 
@@ -66,18 +68,20 @@ def progress(
     leave: bool = True,
     file: TextIO | None = None,
 ) -> Any:
-    """A tqdm bar over `iterable`, or, without one, a bar of `total` units moved by ``.update(n)``; end that by ``.close()``.
+    """A tqdm bar over `iterable`; without one, a bar of `total` units: ``.update(n)``, ``.close()``.
 
     desc: what is being done; unit: what is counted; leave: whether the full bar stays. file: where a text bar goes,
     by default the standard error. For every loop that can last more than a second.
     """
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "leave": leave, "dynamic_ncols": False}
     stream = file or sys.stderr
+    # a bar inside another is not drawn as text: a second line is lost in a log and in a saved notebook
+    options["disable"] = bool(getattr(tqdm, "_instances", ()))
     kernel = _in_kernel() and file is None
     if kernel and not is_static() and find_spec("ipywidgets"):
         from tqdm.notebook import tqdm as widget_bar
 
-        return widget_bar(iterable, **options)
+        return widget_bar(iterable, **options | {"disable": False})
     if not kernel and not stream.isatty():
         # one line in LOG_SECONDS, so there is no point in drawing more often than every second
         return tqdm(iterable, file=LineStream(stream), mininterval=1.0, ncols=100, **options)

@@ -20,6 +20,7 @@ from dynq.progress import LineStream
 
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
+_QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
 
@@ -90,7 +91,7 @@ def check_value(name: str, value: Any, kind: str, shown: Any = None) -> Any:
         inner = [*value, *value.values()]
     wrong = not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool")
     if wrong or not all(isinstance(item, str) for item in inner):
-        raise DynqError(f"parameter {name} is a {kind}, not {value if shown is None else shown!r}")
+        raise DynqError(f"parameter {name} must be of type {kind}, not {value if shown is None else shown!r}")
     return value
 
 
@@ -120,8 +121,8 @@ def plan(
     for name in given:
         if name not in kinds:
             raise DynqError(f"no notebook has a parameter {name!r}; there are {', '.join(sorted(kinds))}")
-        if name in ("run", "model", "target", "targets"):
-            raise DynqError(f"parameter {name!r} is set by the command itself, not with -p")
+    if own := sorted({"run", "model", "target", "targets", "force"} & given.keys()):
+        raise DynqError(f"parameter {own[0]!r} is set by the command itself, not with -p")
     given = {name: check_value(name, value, kinds[name]) for name, value in (values or {}).items()}
     given |= {name: parse_value(name, text, kinds[name]) for name, text in (texts or {}).items()}
     given |= {"run": str(folder.path), "model": model, "targets": targets, "force": folder.force}
@@ -183,7 +184,9 @@ def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
             raise DynqError(f"{folder.path}: the disk is full; make room and run the same command again") from None
         if error.ename == "MemoryError":
             raise DynqError(f"{task.output}: out of memory; take a smaller batch or a larger machine") from None
-        raise RunFailed(f"{error.ename}: {error.evalue} (a defect of dynq; the whole trace is in {executed})") from None
+        raise RunFailed(
+            f"{task.output}: {error.ename}: {_first_line(error.evalue)} (a defect; the trace is in {executed})"
+        ) from None
     except DeadKernelError:
         raise RunFailed(
             f"{task.output}: its process was killed, by the system if memory ran out; run the same command to go on"
@@ -203,7 +206,7 @@ def _kernel_manager(folder: RunFolder) -> type:
         LOCKED: str(folder.path),
     }
     spec = KernelSpec(
-        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--HistoryManager.enabled=False"],
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", *_QUIET],
         display_name="dynq",
         language="python",
         env=environment,
@@ -250,6 +253,10 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     if evaluation["model"]["requantized"]:
         lines += ["", "  The source was quantized already: KLD is against that file, not against the original model."]
     return "\n".join([*lines[1:], "", f"report: {folder / 'report.html'}"])
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]
 
 
 def _one_line(text: str, width: int = 160) -> str:

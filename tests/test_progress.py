@@ -86,3 +86,25 @@ def test_notebook_gets_a_widget_only_when_live(monkeypatch, static, widget):
     bar = progress(total=1)
     bar.close()
     assert (type(bar).__module__ == "tqdm.notebook") is widget
+
+
+def test_inner_bar_is_not_drawn_as_text():
+    log = io.StringIO()
+    for _ in progress(range(2), desc="outer", file=log):
+        list(progress(range(2), desc="inner", file=log))
+    assert "outer" in log.getvalue() and "inner" not in log.getvalue()
+    list(progress(range(2), desc="next", file=log))
+    assert "next" in log.getvalue()
+
+
+def test_short_lived_bars_leave_nothing_even_late(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    log = io.StringIO()
+    stream = LineStream(log, seconds=10)
+    for _ in range(3):
+        clock[0] += 60
+        stream.write("\rhash:   0%")
+        stream.write("\r          ")
+        stream.write("\r")
+    assert log.getvalue() == ""
