@@ -155,7 +155,7 @@ def _from_hub(model: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DynqError(f"{model}: no such path here, and the Hugging Face hub did not give it: {reason}") from error
@@ -201,6 +201,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
                 raise DynqError(f"{shard}: tensor {item.name} has no place in the architecture {architecture.name}")
     if missing := [architecture.parameter(n) for n in architecture.required() if n not in stored]:
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the model again")
+    embedding, wanted = stored["token_embd.weight"], (config["vocab_size"], config["hidden_size"])
+    if embedding.shape != wanted:
+        raise DynqError(f"{embedding.path}: {embedding.name} has shape {embedding.shape}, config.json implies {wanted}")
     extra = architecture.extra_tensors()
     tensors = {}
     for n in architecture.names():

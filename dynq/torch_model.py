@@ -74,7 +74,7 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The transformers tokenizer: from the model's directory, or rebuilt from a GGUF's metadata."""
-    if checkpoint.path.is_dir():
+    """The transformers tokenizer: the directory's tokenizer.json, or one rebuilt from the GGUF metadata."""
+    if (checkpoint.path / "tokenizer.json").is_file():
         return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
     return tokenizer.from_gguf(checkpoint.metadata)

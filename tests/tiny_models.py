@@ -50,7 +50,7 @@ def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB") -> Pa
     """Save a random model of `MODELS` with a tokenizer. Returns the directory.
 
     Matrices are rounded to F16. Attention is sharp and the final norm is raised until the mean entropy of the next
-    token is below 0.45 log V, so that a mistake anywhere moves the log-probabilities by much.
+    token is below 0.42 log V, so that a mistake anywhere moves the log-probabilities by much.
     """
     model_type, settings = MODELS[name]
     config = transformers.CONFIG_MAPPING[model_type](**{**COMMON, **settings})
@@ -67,7 +67,7 @@ def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB") -> Pa
                 parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]))
                 parameter.copy_(parameter.half())
         tokens = torch.randint(2, VOCAB, (4, 64))
-        while mean_entropy(model(tokens).logits) > 0.45 * math.log(VOCAB):
+        while mean_entropy(model(tokens).logits) > 0.42 * math.log(VOCAB):
             model.model.norm.weight *= 1.1
     model.save_pretrained(directory, max_shard_size=shard)
     # ASCII only: llama.cpp reports no probabilities for a token that ends inside a character
