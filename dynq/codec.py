@@ -13,7 +13,7 @@ import numpy as np
 
 from dynq import formats
 from dynq.errors import DynqError
-from dynq.kernels import errors, fit, kquants, legacy
+from dynq.kernels import errors, fit, floats, kquants, legacy
 from dynq.reference import PLANS
 
 CHUNK = 1 << 17  # weights encoded at a time by one thread: the chunk and its codes stay in a core's cache
@@ -28,8 +28,8 @@ def quantize(
 
     importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; the
     encoder then minimises sum importance_j (w - what)^2. All zero counts as none being known: all channels weigh the
-    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; Q8_0, the
-    16-bit formats and F32 never use it. Values beyond the largest half float are stored as that one.
+    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; F32,
+    F16 and BF16 never use it. Values beyond the largest half float are stored as that one.
 
     threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
@@ -116,19 +116,19 @@ def _columns(importance: np.ndarray, n: int) -> np.ndarray:
 
 
 def _check_finite(rows: np.ndarray, part: slice, shape: tuple[int, ...]) -> None:
-    finite = np.isfinite(rows[part])
-    if not finite.all():
+    if floats.largest_bits(rows[part].view(np.uint32).ravel()) >= 0x7F800000:
+        finite = np.isfinite(rows[part])
         flat = part.start * rows.shape[1] + int(np.argmin(finite))
         where = tuple(int(i) for i in np.unravel_index(flat, shape))
         raise DynqError(f"weight {where} of {shape} is {rows.ravel()[flat]}; only finite weights can be encoded")
 
 
 def _spread(work: Callable[[slice], None], shape: tuple[int, ...], threads: int | None) -> None:
-    """Call `work` for runs of rows of about CHUNK weights, on `threads` threads; the first exception in row order is raised."""
+    """Call `work` for runs of rows of about CHUNK weights, on `threads` threads; raise the first error."""
     rows, n = shape
     step = max(1, CHUNK // max(n, 1))
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    workers = min(len(parts), threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    workers = min(len(parts), threads or _cores())
     if workers <= 1:
         for part in parts:
             work(part)
@@ -136,6 +136,10 @@ def _spread(work: Callable[[slice], None], shape: tuple[int, ...], threads: int 
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(work, part) for part in parts]:
             done.result()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Encode = Callable[[np.ndarray, np.ndarray], None]
@@ -173,8 +177,10 @@ def _encoder(name: str, columns: np.ndarray | None) -> Encode:
                 fit.round_affine(x, high, codes, d, m)
             elif searched:
                 fit.fit_block_symmetric(x, w, low, high, *search, codes, d)
+            elif name == "Q8_0":
+                fit.round_eight(x, w, codes, d)
             else:
-                fit.round_symmetric(x, low, high, F(plan.clip), codes, d)
+                fit.round_symmetric(x, low, high, codes, d)
             if name == "Q8_0":
                 legacy.pack_q8_0(codes, d, blocks)
             else:
@@ -192,7 +198,7 @@ def _decoder(name: str) -> Encode:
         if name == "F32":
             out[:] = rows.view(F)
         elif name == "F16":
-            out[:] = rows.view(np.float16)
+            floats.decode_f16(rows.view(np.uint16).ravel(), out.ravel())
         elif name == "BF16":
             np.left_shift(rows.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
         elif name == "Q8_0":
@@ -220,14 +226,11 @@ def _encode_f32(rows: np.ndarray, out: np.ndarray) -> None:
 
 
 def _encode_f16(rows: np.ndarray, out: np.ndarray) -> None:
-    out.view(np.float16)[:] = np.clip(rows, -65504, 65504)
+    floats.encode_f16(rows.view(np.uint32).ravel(), out.view(np.uint16).ravel())
 
 
 def _encode_bf16(rows: np.ndarray, out: np.ndarray) -> None:
-    bits = rows.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    largest = (bits >> np.uint32(16) & np.uint32(0x8000)) | np.uint32(0x7F7F)
-    out.view(np.uint16)[:] = np.where(rounded & np.uint32(0x7FFF) == np.uint32(0x7F80), largest, rounded)
+    floats.encode_bf16(rows.view(np.uint32).ravel(), out.view(np.uint16).ravel())
 
 
 _FLOATS = {"F32": _encode_f32, "F16": _encode_f16, "BF16": _encode_bf16}

@@ -39,14 +39,17 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def quantize(weights: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """`ggml_quantize_chunk` over float32 [rows, n]: uint8 [rows, row_bytes]. Releases the GIL."""
+def quantize(
+    weights: np.ndarray, name: str, importance: np.ndarray | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """`ggml_quantize_chunk` over float32 [rows, n]: uint8 [rows, row_bytes], into `out` if given. Releases the GIL."""
     lib = library()
     if lib is None:
         raise DynqError("xllamacpp is not installed; install the extra `engine`")
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     rows, n = weights.shape
-    out = np.empty((rows, formats.row_bytes(name, n)), dtype=np.uint8)
+    if out is None:
+        out = np.empty((rows, formats.row_bytes(name, n)), dtype=np.uint8)
     matrix = None
     if importance is not None:
         importance = np.ascontiguousarray(importance, dtype=np.float32)

@@ -22,9 +22,10 @@ GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half 
 LANES = 64  # blocks of 32 side by side
 ROUNDS = 2  # descents over the stored numbers; a third gains less than 0.1 %
 
+U = np.uint32
 ZERO = np.float32(0)
 ONE = np.float32(1)
-ONE_BIT = np.uint32(1)
+HALF = np.float32(0.5)
 TWO = np.float32(2)
 INFINITY = np.float32(np.inf)
 TO_NORMAL = np.float32(2.0**112)  # a half float's exponent bias against a float32's
@@ -32,30 +33,24 @@ TO_NORMAL = np.float32(2.0**112)  # a half float's exponent bias against a float
 
 @kernel
 def _half(value):
-    """Bits of the half float nearest to a float32, ties to even; beyond the largest, the largest."""
-    u = np.float32(value).view(np.uint32)
-    sign = (u >> np.uint32(16)) & np.uint32(0x8000)
-    a = u & np.uint32(0x7FFFFFFF)
-    if a >= np.uint32(0x477FF000):
-        return np.uint16(sign | np.uint32(0x7BFF))
-    if a >= np.uint32(0x38800000):
-        odd = (a >> np.uint32(13)) & ONE_BIT
-        return np.uint16(sign | ((a + np.uint32(0xFFF) + odd - np.uint32(0x38000000)) >> np.uint32(13)))
-    if a < np.uint32(0x33000000):
-        return np.uint16(sign)
-    shift = np.uint32(126) - (a >> np.uint32(23))
-    mantissa = (a & np.uint32(0x7FFFFF)) | np.uint32(0x800000)
-    odd = (mantissa >> shift) & ONE_BIT
-    below = (ONE_BIT << (shift - ONE_BIT)) - ONE_BIT
-    return np.uint16(sign | ((mantissa + below + odd) >> shift))
+    """Bits of the half float nearest to a float32, ties to even; beyond the largest, the largest. Without branches."""
+    bits = np.float32(value).view(U)
+    magnitude = U(bits & U(0x7FFFFFFF))
+    odd = U(U(magnitude >> U(13)) & U(1))
+    normal = U(U(U(U(magnitude + U(0xFFF)) + odd) - U(0x38000000)) >> U(13))
+    # below 2^-14 a half float is a multiple of 2^-24, which is what the sum with one half is rounded to
+    tiny = U(np.float32(U(magnitude).view(np.float32) + HALF).view(U) - U(0x3F000000))
+    result = tiny if magnitude < U(0x38800000) else normal
+    result = result if result < U(0x7BFF) else U(0x7BFF)
+    return np.uint16(result | U(U(bits >> U(16)) & U(0x8000)))
 
 
 @kernel
 def _single(bits):
     """The float32 of a finite half float's bits."""
-    h = np.uint32(bits)
-    magnitude = np.uint32((h & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * TO_NORMAL
-    return -magnitude if h & np.uint32(0x8000) else magnitude
+    h = U(bits)
+    magnitude = U(U(h & U(0x7FFF)) << U(13)).view(np.float32) * TO_NORMAL
+    return U(np.float32(magnitude).view(U) | U(U(h & U(0x8000)) << U(16))).view(np.float32)
 
 
 @kernel
@@ -74,7 +69,7 @@ def _range(x, b):
 
 @kernel
 def _load(x, w, first, sub, X, W, unit):
-    """Blocks from `first` on into X, W [sub, lanes], scaled by the powers of two left in `unit` [blocks side by side]."""
+    """Blocks from `first` on into X, W [sub, lanes], scaled by powers of two, left in `unit` [blocks]."""
     blocks, width = x.shape
     per_row, group = w.shape[0], unit.shape[0]
     for g in range(group):
@@ -277,7 +272,10 @@ def _search_affine(X, W, high, signed, tries, refinements, S, M, A):
 
 @kernel
 def _search_symmetric(X, W, low, high, tries, refinements, S, A):
-    """Per lane: scale S with x ~ S q, q in low..high. A is scratch. The largest |x| is sent to -tries[t], as llama.cpp does."""
+    """Per lane: scale S with x ~ S q, q in low..high. A is scratch [5, lanes].
+
+    Each try sends the largest |x| to -tries[t], as llama.cpp does.
+    """
     n, lanes = X.shape
     largest, best, sll, sxl, inverse = A[0], A[1], A[2], A[3], A[4]
     for j in range(lanes):
@@ -338,19 +336,23 @@ def _measure(X, W, low, high, S, M, E, sl, sll, sxl):
 
 
 @kernel
-def _codes(x, first, sub, low, high, S, M, unit, codes):
-    """Codes, less `low` so from 0, for the stored scales and offsets: uint8, in the order of x."""
+def _codes(X, first, low, high, S, M, unit, Q, codes):
+    """Codes, less `low` so from 0, for the stored scales and offsets: uint8, in the order of x. Q is scratch like X."""
+    sub, lanes = X.shape
     group = unit.shape[0]
-    for g in range(min(group, x.shape[0] - first)):
-        b = first + g
-        for s in range(x.shape[1] // sub):
-            scale, offset, factor = S[s * group + g], M[s * group + g], unit[g]
-            inverse = ONE / scale if scale != ZERO else ZERO
-            for i in range(s * sub, s * sub + sub):
-                q = np.rint((x[b, i] * factor - offset) * inverse)
-                q = q if q > low else low
-                q = q if q < high else high
-                codes[b, i] = np.uint8(np.int32(q - low))
+    inverse = np.empty(lanes, np.float32)
+    for j in range(lanes):
+        inverse[j] = ONE / S[j] if S[j] != ZERO else ZERO
+    for i in range(sub):
+        for j in range(lanes):
+            q = np.rint((X[i, j] - M[j]) * inverse[j])
+            q = q if q > low else low
+            q = q if q < high else high
+            Q[i, j] = np.uint8(np.int32(q - low))
+    for g in range(min(group, codes.shape[0] - first)):
+        for s in range(lanes // group):
+            for i in range(sub):
+                codes[first + g, s * sub + i] = Q[i, s * group + g]
 
 
 @kernel
@@ -365,6 +367,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, 
     lanes = subs * GROUP
     X = np.empty((sub, lanes), np.float32)
     W = np.empty((sub, lanes), np.float32)
+    Q = np.empty((sub, lanes), np.uint8)
     A = np.empty((10, lanes), np.float32)
     B = np.empty((11, lanes), np.float32)
     S, M, E, sl, sll, sxl, N = B[0], B[1], B[2], B[3], B[4], B[5], B[6]
@@ -403,7 +406,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, 
             for g in range(GROUP):
                 S[s * GROUP + g] = best_D[g] * best_ls[s * GROUP + g]
                 M[s * GROUP + g] = -(best_DM[g] * best_lm[s * GROUP + g])
-        _codes(x, first, sub, ZERO, high, S, M, unit, codes)
+        _codes(X, first, ZERO, high, S, M, unit, Q, codes)
         for g in range(min(GROUP, x.shape[0] - first)):
             d[first + g] = _half(best_D[g] / unit[g])
             dmin[first + g] = _half(best_DM[g] / unit[g])
@@ -421,6 +424,7 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, code
     lanes = 16 * GROUP
     X = np.empty((16, lanes), np.float32)
     W = np.empty((16, lanes), np.float32)
+    Q = np.empty((16, lanes), np.uint8)
     A = np.empty((5, lanes), np.float32)
     B = np.empty((9, lanes), np.float32)
     S, M, E, sl, sll, sxl, ls, best_ls, sw = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
@@ -455,7 +459,7 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, code
         for s in range(16):
             for g in range(GROUP):
                 S[s * GROUP + g] = best_D[g] * best_ls[s * GROUP + g]
-        _codes(x, first, 16, low, high, S, M, unit, codes)
+        _codes(X, first, low, high, S, M, unit, Q, codes)
         for g in range(min(GROUP, x.shape[0] - first)):
             d[first + g] = _half(best_D[g] / unit[g])
             for s in range(16):
@@ -470,6 +474,7 @@ def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
     """
     X = np.empty((32, LANES), np.float32)
     W = np.empty((32, LANES), np.float32)
+    Q = np.empty((32, LANES), np.uint8)
     A = np.empty((10, LANES), np.float32)
     B = np.empty((10, LANES), np.float32)
     S, M, E, sl, sll, sxl, unit, best, best_S, best_M = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8], B[9]
@@ -478,7 +483,7 @@ def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
         _load(x, w, first, 32, X, W, unit)
         _search_affine(X, W, high, True, tries, refinements, S, M, A)
         best[:] = INFINITY
-        for r in range(ROUNDS + 1):
+        for _ in range(ROUNDS + 1):
             for j in range(LANES):
                 S[j] = _stored(S[j], unit[j])
                 M[j] = _stored(M[j], unit[j])
@@ -490,7 +495,7 @@ def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
                 if determinant > ZERO:
                     S[j] = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant
                     M[j] = (sll[j] * sx[j] - sl[j] * sxl[j]) / determinant
-        _codes(x, first, 32, ZERO, high, best_S, best_M, unit, codes)
+        _codes(X, first, ZERO, high, best_S, best_M, unit, Q, codes)
         for j in range(min(LANES, x.shape[0] - first)):
             d[first + j] = _half(best_S[j] / unit[j])
             m[first + j] = _half(best_M[j] / unit[j])
@@ -501,6 +506,7 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
     """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine."""
     X = np.empty((32, LANES), np.float32)
     W = np.empty((32, LANES), np.float32)
+    Q = np.empty((32, LANES), np.uint8)
     A = np.empty((5, LANES), np.float32)
     B = np.empty((9, LANES), np.float32)
     S, M, E, sl, sll, sxl, unit, best, best_S = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
@@ -509,7 +515,7 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
         _load(x, w, first, 32, X, W, unit)
         _search_symmetric(X, W, low, high, tries, refinements, S, A)
         best[:] = INFINITY
-        for r in range(ROUNDS + 1):
+        for _ in range(ROUNDS + 1):
             for j in range(LANES):
                 S[j] = _stored(S[j], unit[j])
             _measure(X, W, low, high, S, M, E, sl, sll, sxl)
@@ -518,48 +524,102 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
                     best[j], best_S[j] = E[j], S[j]
                 if sll[j] > ZERO:
                     S[j] = sxl[j] / sll[j]
-        _codes(x, first, 32, low, high, best_S, M, unit, codes)
+        _codes(X, first, low, high, best_S, M, unit, Q, codes)
         for j in range(min(LANES, x.shape[0] - first)):
             d[first + j] = _half(best_S[j] / unit[j])
 
 
 @kernel
-def round_symmetric(x, low, high, clip, codes, d):
-    """Send the largest |w| of each block to `low` and round: Q4_0, Q5_0, Q8_0 without importance.
+def round_symmetric(x, low, high, codes, d):
+    """Send the largest |w| of each block to `low` and round: Q4_0 and Q5_0 without importance, as llama.cpp does.
 
-    Where the largest of the other sign would lie beyond `clip` steps, both fit: the largest is sent to `high` instead.
-    x float32 [blocks, 32]; codes uint8 [blocks, 32], less `low`; d uint16 [blocks].
+    x float32 [blocks, 32]. Out: codes uint8 [blocks, 32], less `low`; d uint16 [blocks].
     """
+    A = np.empty((3, LANES), np.float32)
+    lowest, highest, inverse = A[0], A[1], A[2]
+    for first in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - first)
+        for j in range(count):
+            lowest[j], highest[j] = _range(x, first + j)
+            if -lowest[j] == highest[j] > ZERO:  # both signs: follow the first, as llama.cpp does
+                i = 0
+                while abs(x[first + j, i]) != highest[j]:
+                    i += 1
+                if x[first + j, i] > ZERO:
+                    lowest[j] = ZERO
+        for j in range(count):
+            bits = _half((highest[j] if highest[j] > -lowest[j] else lowest[j]) / low)
+            d[first + j] = bits
+            scale = _single(bits)
+            inverse[j] = ONE / scale if scale != ZERO else ZERO
+        for j in range(count):
+            for i in range(32):
+                q = np.rint(x[first + j, i] * inverse[j])
+                q = q if q > low else low
+                q = q if q < high else high
+                codes[first + j, i] = np.uint8(np.int32(q - low))
+
+
+@kernel
+def round_affine(x, high, codes, d, m):
+    """Spread each block's range over 0..high and round: Q4_1, Q5_1 without importance. As round_symmetric."""
+    A = np.empty((4, LANES), np.float32)
+    lowest, highest, inverse, offset = A[0], A[1], A[2], A[3]
+    for first in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - first)
+        for j in range(count):
+            lowest[j], highest[j] = _range(x, first + j)
+        for j in range(count):
+            bits, start = _half(highest[j] / high - lowest[j] / high), _half(lowest[j])
+            d[first + j] = bits
+            m[first + j] = start
+            scale = _single(bits)
+            offset[j] = _single(start)
+            inverse[j] = ONE / scale if scale != ZERO else ZERO
+        for j in range(count):
+            for i in range(32):
+                q = np.rint((x[first + j, i] - offset[j]) * inverse[j])
+                q = q if q > ZERO else ZERO
+                q = q if q < high else high
+                codes[first + j, i] = np.uint8(np.int32(q))
+
+
+@kernel
+def round_eight(x, w, codes, d):
+    """Q8_0: the largest |w| is sent to 127 (llama.cpp's scale) or to -128, whichever loses less under the importance w.
+
+    x float32 [blocks, 32]; w float32 [blocks of a row, 32]. Out: codes uint8 [blocks, 32], q + 128; d uint16 [blocks].
+    """
+    low, high = np.float32(-128), np.float32(127)
+    line = np.empty(32, np.float32)
+    lost = np.empty(2, np.float32)
     for b in range(x.shape[0]):
         lowest, highest = _range(x, b)
-        bigger, other = (highest, -lowest) if highest >= -lowest else (lowest, highest)
-        if bigger == other:  # both signs: follow the first, as llama.cpp does
-            i = 0
-            while abs(x[b, i]) != bigger:
-                i += 1
-            bigger = x[b, i]
-        end = high if other * -low > clip * abs(bigger) else low
-        d[b] = _half(bigger / end)
-        scale = _single(d[b])
+        largest = highest if highest > -lowest else lowest
+        ends = (_half(abs(largest) / high), _half(largest / low))
+        column = b % w.shape[0]
+        for choice in range(2):
+            scale = _single(ends[choice])
+            inverse = ONE / scale if scale != ZERO else ZERO
+            for i in range(32):
+                step = x[b, i] * inverse
+                q = np.rint(step)
+                q = q if q > low else low
+                q = q if q < high else high
+                line[i] = w[column, i] * (step - q) * (step - q)
+            for i in range(16):  # a sum in halves: each loop vectorises
+                line[i] += line[i + 16]
+            for i in range(8):
+                line[i] += line[i + 8]
+            for i in range(4):
+                line[i] += line[i + 4]
+            lost[choice] = ((line[0] + line[2]) + (line[1] + line[3])) * scale * scale
+        bits = ends[1] if lost[1] < lost[0] else ends[0]
+        d[b] = bits
+        scale = _single(bits)
         inverse = ONE / scale if scale != ZERO else ZERO
         for i in range(32):
             q = np.rint(x[b, i] * inverse)
             q = q if q > low else low
             q = q if q < high else high
             codes[b, i] = np.uint8(np.int32(q - low))
-
-
-@kernel
-def round_affine(x, high, codes, d, m):
-    """Spread each block's range over 0..high and round: Q4_1, Q5_1 without importance. As round_symmetric."""
-    for b in range(x.shape[0]):
-        lowest, highest = _range(x, b)
-        d[b] = _half(highest / high - lowest / high)
-        m[b] = _half(lowest)
-        scale, offset = _single(d[b]), _single(m[b])
-        inverse = ONE / scale if scale != ZERO else ZERO
-        for i in range(32):
-            q = np.rint((x[b, i] - offset) * inverse)
-            q = q if q > ZERO else ZERO
-            q = q if q < high else high
-            codes[b, i] = np.uint8(np.int32(q))

@@ -16,9 +16,10 @@ Q3_K's third bits and Q5_K's fifth bits: bit j of byte k belongs to w[32 j + k].
 32 j + k holds w[64 j + k] below and w[64 j + 32 + k] above. Q6_K's low nibbles: byte 64 h + k holds w[128 h + k] below
 and w[128 h + 64 + k] above. The twelve bytes of 6-bit scales, S[0..] being scales and M[0..] minima::
 
-    Q4_K, Q5_K (8 + 8)   byte j     (j < 4)  S[j+4] upper 2 : S[j] 6          Q3_K (16)  byte j      S[j+8] lower 4 : S[j] lower 4
-                         byte 4 + j          M[j+4] upper 2 : M[j] 6                     byte 8 + j  upper 2 of S[j+12], S[j+8],
-                         byte 8 + j          M[j+4] lower 4 : S[j+4] lower 4             (j < 4)     S[j+4], S[j], from the top
+    Q4_K, Q5_K (8 + 8), j < 4                       Q3_K (16), j < 8 and i < 4
+    byte j       S[j+4] upper 2 : S[j] 6            byte j       S[j+8] lower 4 : S[j] lower 4
+    byte 4 + j   M[j+4] upper 2 : M[j] 6            byte 8 + i   upper 2 of S[i+12], S[i+8], S[i+4], S[i],
+    byte 8 + j   M[j+4] lower 4 : S[j+4] lower 4                 from the highest bits down
 
 Source: block_q2_K to block_q6_K in llama.cpp's ggml-common.h. Decoding multiplies and subtracts in gguf-py's order.
 """

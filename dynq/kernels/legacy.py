@@ -18,7 +18,7 @@ from dynq.kernels._jit import kernel
 
 @kernel
 def pack(codes, d, m, affine, five, out):
-    """Codes from 0 (uint8 [blocks, 32]) and half floats (uint16 [blocks]) to Q4_0, Q4_1, Q5_0 or Q5_1 blocks in `out`."""
+    """Codes from 0 (uint8 [blocks, 32]) and half floats (uint16 [blocks]) to Q4_0 .. Q5_1 blocks in `out`."""
     for b in range(codes.shape[0]):
         out[b, 0] = np.uint8(d[b])
         out[b, 1] = np.uint8(d[b] >> 8)
@@ -65,9 +65,9 @@ def decode(data, half, affine, five, out):
                 fifth |= np.uint32(data[b, at + byte]) << np.uint32(8 * byte)
             at += 4
         for k in range(16):
-            byte = np.int32(data[b, at + k])
-            below = (byte & np.int32(15)) | ((np.int32(fifth >> np.uint32(k)) & np.int32(1)) << np.int32(4))
-            above = (byte >> np.int32(4)) | ((np.int32(fifth >> np.uint32(k + 16)) & np.int32(1)) << np.int32(4))
+            pair = np.int32(data[b, at + k])
+            below = (pair & np.int32(15)) | ((np.int32(fifth >> np.uint32(k)) & np.int32(1)) << np.int32(4))
+            above = (pair >> np.int32(4)) | ((np.int32(fifth >> np.uint32(k + 16)) & np.int32(1)) << np.int32(4))
             out[b, k] = d * np.float32(below - low)
             out[b, k + 16] = d * np.float32(above - low)
         if affine:

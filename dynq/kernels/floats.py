@@ -1,0 +1,57 @@
+"""F16 and BF16, and the search for weights that are no numbers. All on the bits of float32, so that loops vectorise.
+
+float32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm      F16  s eeeee mmmmmmmmmm      BF16  s eeeeeeee mmmmmmm
+"""
+
+import numpy as np
+
+from dynq.kernels._jit import kernel
+
+U = np.uint32
+MAGNITUDE = U(0x7FFFFFFF)
+HALF = np.float32(0.5)
+
+
+@kernel
+def largest_bits(bits):
+    """The largest magnitude among float32 given by their bits, uint32 [n]; 0x7F800000 and more mean infinity or NaN."""
+    largest = U(0)
+    for i in range(bits.shape[0]):
+        magnitude = U(bits[i] & MAGNITUDE)
+        largest = magnitude if magnitude > largest else largest
+    return largest
+
+
+@kernel
+def encode_f16(bits, out):
+    """Bits of finite float32 to the nearest half floats (ties to even), uint16 [n]; beyond the largest, the largest."""
+    for i in range(bits.shape[0]):
+        magnitude = U(bits[i] & MAGNITUDE)
+        odd = U(U(magnitude >> U(13)) & U(1))
+        normal = U(U(U(magnitude + U(0xFFF)) + odd) - U(0x38000000)) >> U(13)
+        # below 2^-14 a half float is a multiple of 2^-24, which is what the sum with one half is rounded to
+        tiny = U(np.float32(magnitude.view(np.float32) + HALF).view(U) - U(0x3F000000))
+        value = tiny if magnitude < U(0x38800000) else U(normal)
+        value = value if value < U(0x7BFF) else U(0x7BFF)
+        out[i] = np.uint16(value | U(U(bits[i] >> U(16)) & U(0x8000)))
+
+
+@kernel
+def encode_bf16(bits, out):
+    """Bits of finite float32 to the nearest BF16 (ties to even), uint16 [n]; beyond the largest, the largest."""
+    for i in range(bits.shape[0]):
+        magnitude = U(bits[i] & MAGNITUDE)
+        value = U(U(U(magnitude + U(0x7FFF)) + U(U(magnitude >> U(16)) & U(1))) >> U(16))
+        value = value if value < U(0x7F7F) else U(0x7F7F)
+        out[i] = np.uint16(value | U(U(bits[i] >> U(16)) & U(0x8000)))
+
+
+@kernel
+def decode_f16(halves, out):
+    """Bits of half floats, uint16 [n], to float32 [n]. Infinity and NaN stay what they are."""
+    for i in range(halves.shape[0]):
+        h = U(halves[i])
+        moved = U(U(h & U(0x7FFF)) << U(13))
+        finite = np.float32(moved.view(np.float32) * np.float32(2.0**112)).view(U)
+        value = U(moved | U(0x7F800000)) if moved >= U(0x0F800000) else finite
+        out[i] = U(value | U(U(h & U(0x8000)) << U(16))).view(np.float32)
