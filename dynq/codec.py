@@ -28,8 +28,8 @@ def quantize(
 
     importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; the
     encoder then minimises sum importance_j (w - what)^2. All zero counts as none being known: all channels weigh the
-    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; F32,
-    F16 and BF16 never use it. Values beyond the largest half float are stored as that one.
+    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; Q8_0,
+    F16, BF16 and F32 never use it. Values beyond the largest half float are stored as that one.
 
     threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
@@ -177,10 +177,8 @@ def _encoder(name: str, columns: np.ndarray | None) -> Encode:
                 fit.round_affine(x, high, codes, d, m)
             elif searched:
                 fit.fit_block_symmetric(x, w, low, high, *search, codes, d)
-            elif name == "Q8_0":
-                fit.round_eight(x, w, codes, d)
             else:
-                fit.round_symmetric(x, low, high, codes, d)
+                fit.round_symmetric(x, low, high, name == "Q8_0", codes, d)
             if name == "Q8_0":
                 legacy.pack_q8_0(codes, d, blocks)
             else:

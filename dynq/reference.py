@@ -54,15 +54,15 @@ PLANS = {
 
 
 def encode(weights: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 [rows, n] to uint8 [rows, row_bytes]; importance float32 [n] of mean 1, all above 0 (see codec.quantize)."""
+    """float32 [rows, n] to uint8 [rows, row_bytes]; importance float32 [n] of mean 1, all above 0."""
     plan = PLANS[name]
     rows, n = weights.shape
     x = weights.reshape(-1, plan.width)
     w = np.tile(np.ones(n, F) if importance is None else importance, rows).reshape(x.shape)
     with np.errstate(all="ignore"):
         if name == "Q8_0":
-            codes, d = round_eight(x, w)
-            data = [_bytes(d), (codes - 128).astype(np.int8).view(np.uint8)]
+            codes, d, _ = round_block(x, w, plan)
+            data = [_bytes(d), codes ^ np.uint8(128)]
         elif plan.width == 32:
             fit = round_block if importance is None else fit_block
             codes, d, m = fit(x, w, plan)
@@ -300,27 +300,11 @@ def round_block(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, n
         d, m = _stored(highest / F(plan.high) - lowest / F(plan.high)), _stored(lowest)
     else:
         largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], 1)[:, 0]
-        d, m = _stored(largest / F(plan.low)), np.zeros(len(x), np.float16)
+        to_high = plan.high == 127  # Q8_0: both signs fit
+        d = _stored(np.abs(largest) / F(plan.high) if to_high else largest / F(plan.low))
+        m = np.zeros(len(x), np.float16)
     codes = _round(x, d.astype(F)[:, None], m.astype(F)[:, None], plan.low, plan.high) - F(plan.low)
     return codes.astype(np.uint8), d, m
-
-
-def round_eight(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes q + 128 and half floats of Q8_0: the largest weight goes to +-127 or to -128, whichever loses less."""
-    lowest, highest = x.min(axis=1), x.max(axis=1)
-    largest = np.where(highest > -lowest, highest, lowest)
-    results = []
-    for d in (_stored(np.abs(largest) / F(127)), _stored(largest / F(-128))):
-        scale = d.astype(F)
-        step = x * np.where(scale != 0, F(1) / scale, F(0))[:, None]
-        q = np.clip(np.rint(step), F(-128), F(127))
-        lost = w * (step - q) * (step - q)
-        for half in (16, 8, 4, 2, 1):
-            lost = lost[:, :half] + lost[:, half:]
-        results.append((q, d, lost[:, 0] * scale * scale))
-    (q0, d0, lost0), (q1, d1, lost1) = results
-    second = lost1 < lost0
-    return np.where(second[:, None], q1, q0) + F(128), np.where(second, d1, d0)
 
 
 # --- the layout of super-blocks --------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_decoding_equals_gguf_py_on_encoded_weights(name: str):
 @needs_oracle
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "F32"])
 def test_error_is_never_above_llama_cpps_on_the_embedded_model(name: str):
-    """Per tensor; the importance is log-normal with a tail as heavy as a real one's. Large tensors by a slice of rows."""
+    """Per tensor (of the embedding a slice of rows), with a heavy-tailed importance and without."""
     rng = np.random.default_rng(7)
     for key, weights in bf16_tensors():
         weights = weights[:1024]

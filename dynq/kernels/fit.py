@@ -530,8 +530,10 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
 
 
 @kernel
-def round_symmetric(x, low, high, codes, d):
+def round_symmetric(x, low, high, upward, codes, d):
     """Send the largest |w| of each block to `low` and round: Q4_0 and Q5_0 without importance, as llama.cpp does.
+
+    With `upward` its magnitude is sent to `high`, so that both signs fit: Q8_0.
 
     x float32 [blocks, 32]. Out: codes uint8 [blocks, 32], less `low`; d uint16 [blocks].
     """
@@ -548,7 +550,8 @@ def round_symmetric(x, low, high, codes, d):
                 if x[first + j, i] > ZERO:
                     lowest[j] = ZERO
         for j in range(count):
-            bits = _half((highest[j] if highest[j] > -lowest[j] else lowest[j]) / low)
+            largest = highest[j] if highest[j] > -lowest[j] else lowest[j]
+            bits = _half(abs(largest) / high if upward else largest / low)
             d[first + j] = bits
             scale = _single(bits)
             inverse[j] = ONE / scale if scale != ZERO else ZERO
@@ -582,44 +585,3 @@ def round_affine(x, high, codes, d, m):
                 q = q if q > ZERO else ZERO
                 q = q if q < high else high
                 codes[first + j, i] = np.uint8(np.int32(q))
-
-
-@kernel
-def round_eight(x, w, codes, d):
-    """Q8_0: the largest |w| is sent to 127 (llama.cpp's scale) or to -128, whichever loses less under the importance w.
-
-    x float32 [blocks, 32]; w float32 [blocks of a row, 32]. Out: codes uint8 [blocks, 32], q + 128; d uint16 [blocks].
-    """
-    low, high = np.float32(-128), np.float32(127)
-    line = np.empty(32, np.float32)
-    lost = np.empty(2, np.float32)
-    for b in range(x.shape[0]):
-        lowest, highest = _range(x, b)
-        largest = highest if highest > -lowest else lowest
-        ends = (_half(abs(largest) / high), _half(largest / low))
-        column = b % w.shape[0]
-        for choice in range(2):
-            scale = _single(ends[choice])
-            inverse = ONE / scale if scale != ZERO else ZERO
-            for i in range(32):
-                step = x[b, i] * inverse
-                q = np.rint(step)
-                q = q if q > low else low
-                q = q if q < high else high
-                line[i] = w[column, i] * (step - q) * (step - q)
-            for i in range(16):  # a sum in halves: each loop vectorises
-                line[i] += line[i + 16]
-            for i in range(8):
-                line[i] += line[i + 8]
-            for i in range(4):
-                line[i] += line[i + 4]
-            lost[choice] = ((line[0] + line[2]) + (line[1] + line[3])) * scale * scale
-        bits = ends[1] if lost[1] < lost[0] else ends[0]
-        d[b] = bits
-        scale = _single(bits)
-        inverse = ONE / scale if scale != ZERO else ZERO
-        for i in range(32):
-            q = np.rint(x[b, i] * inverse)
-            q = q if q > low else low
-            q = q if q < high else high
-            codes[b, i] = np.uint8(np.int32(q - low))
