@@ -38,7 +38,7 @@ def _spread(first: float, last: float, count: int) -> tuple[float, ...]:
 
 
 _DELTAS = _spread(-1.2, 1.2, 9)
-# Chosen on normally distributed weights with log-normal importance: more tries gain less than 0.3 % of the error.
+# Chosen on normally distributed weights: with 37 tries the error of Q2_K and Q4_K falls by 0.1 to 0.2 % only.
 PLANS = {
     "Q4_0": Plan(False, 32, 32, -8, 7, _spread(7.0, 9.5, 13), 1),
     "Q4_1": Plan(True, 32, 32, 0, 15, _spread(14.0, 16.8, 15), 1),
