@@ -56,7 +56,8 @@ def calibrate(
             share = -(-keep * len(ids) // len(tokens))
             samples, groups = batch_samples(recorder, len(ids), share, generator)
             part = fisher / f"{i:05d}.partial"
-            save_file(samples, part, {"tokens": str(ids.numel()), "groups": json.dumps(groups)})
+            # one key: safetensors writes several in an order that changes from run to run
+            save_file(samples, part, {"batch": json.dumps({"tokens": ids.numel(), "groups": groups})})
             part.replace(fisher / f"{i:05d}.safetensors")
     finally:
         recorder.close()

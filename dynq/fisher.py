@@ -220,9 +220,9 @@ class Fisher:
         self.tokens = 0
         for path in self.paths:
             with safe_open(path, framework="pt") as f:
-                meta = f.metadata()
-            self.tokens += int(meta["tokens"])
-            self.group = {name: first for first, names in json.loads(meta["groups"]).items() for name in names}
+                batch = json.loads(f.metadata()["batch"])
+            self.tokens += batch["tokens"]
+            self.group = {name: first for first, names in batch["groups"].items() for name in names}
 
     def _each(self, key: str) -> Iterator[torch.Tensor]:
         for path in self.paths:
