@@ -21,6 +21,7 @@ from dynq.export import export
 from dynq.recipe import Recipe
 from dynq.torch_model import load_model
 
+SHARED = Path(__file__).parents[2] / "shared" / "models"
 PROMPT = list(range(40, 70))
 N_TOKENS, TOP = 64, 20
 
@@ -65,6 +66,15 @@ def test_engine_agrees_with_transformers(name: str, tiny: Callable[[str], Checkp
     assert difference < 0.05  # llama.cpp rounds the activations to F16 as well where the weights are
     difference, _ = compare(checkpoint, write(checkpoint, tmp_path / "32.gguf", "F32"))
     assert difference < 0.002
+
+
+@pytest.mark.parametrize("model", ["dynq-tiny", "llama"])
+def test_engine_agrees_on_trained_weights(model: str, tmp_path: Path) -> None:
+    if model != "dynq-tiny" and not (SHARED / model).is_dir():
+        pytest.skip(f"{SHARED / model}, a trained model, is not here")
+    checkpoint = open_checkpoint(model if model == "dynq-tiny" else SHARED / model)
+    difference, _ = compare(checkpoint, write(checkpoint, tmp_path / "16.gguf", "F16"))
+    assert difference < 0.05
 
 
 def other_order(name: str, array: np.ndarray) -> np.ndarray:
