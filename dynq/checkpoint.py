@@ -17,6 +17,7 @@ import numpy as np
 from dynq import architectures, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
+from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
 EMBEDDED = "dynq-tiny"
@@ -301,7 +302,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         if file.read(4) != b"GGUF":
             raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise DynqError(f"{path}: truncated or not a readable GGUF ({error}); fetch it again") from error

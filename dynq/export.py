@@ -20,6 +20,7 @@ from gguf.gguf_writer import WriterState
 from dynq import __version__, codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.gguf_reader import Reader
 from dynq.imatrix import Importance
 from dynq.progress import progress
 from dynq.recipe import KEY, Recipe
@@ -260,7 +261,7 @@ def _verify(
     path: Path, checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any], digests: dict[str, str]
 ) -> None:
     """Read the file with gguf's reader and compare it with what was meant. A difference is a fault of the machine."""
-    reader = gguf.GGUFReader(path)
+    reader = Reader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     wrong = [] if list(found) == list(chosen) else ["the list of tensors"]
     for name, tensor in found.items():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dynq.checkpoint import TensorInfo, open_checkpoint
 from dynq.errors import DynqError
 from dynq.export import export
+from dynq.gguf_reader import Reader
 from dynq.recipe import Recipe
 from dynq.torch_model import load_model, load_tokenizer, set_tensor
 
@@ -183,6 +184,29 @@ def test_tied_head_stored_twice_is_left_out(tmp_path: Path) -> None:
     stored = load_file(directory / "model.safetensors")
     save_file(stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}, directory / "model.safetensors")
     assert "output.weight" not in open_checkpoint(directory).tensors
+
+
+def test_reader_agrees_with_gguf(llama: Path, tmp_path: Path) -> None:
+    """The fast reading of arrays gives what gguf's own gives."""
+    path = write_gguf(llama, tmp_path / "m.gguf", "F16")
+    writer = gguf.GGUFWriter(tmp_path / "arrays.gguf", "llama")
+    arrays: dict[str, list[Any]] = {
+        "s": ["", "é", "x" * 300], "i": [1, -2], "f": [0.5, 1e-9], "b": [True, False], "n": [["a"], ["b"]]
+    }  # fmt: skip
+    for key, value in arrays.items():
+        writer.add_array(key, value)
+    writer.add_tensor("x", np.ones(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for file in (path, tmp_path / "arrays.gguf"):
+        ours, theirs = Reader(file), gguf.GGUFReader(file)
+        assert {k: (f.contents(), f.types) for k, f in ours.fields.items()} == {
+            k: (f.contents(), f.types) for k, f in theirs.fields.items()
+        }
+        for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+            assert one.name == other.name and np.array_equal(one.data, other.data)
 
 
 # --- what is damaged is named -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import tiny_models
 
 from dynq import __version__, codec, formats
+from dynq import export as export_module
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.engine import Engine, generate
 from dynq.errors import DynqError
@@ -235,7 +236,7 @@ def test_interrupt_leaves_the_old_file(tiny: Checkpoint, tmp_path: Path, monkeyp
 def test_damage_between_writing_and_reading_is_seen(
     tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = gguf.GGUFReader
+    true = export_module.Reader
 
     def damage(path: Path) -> gguf.GGUFReader:
         content = bytearray(path.read_bytes())
@@ -243,7 +244,7 @@ def test_damage_between_writing_and_reading_is_seen(
         path.write_bytes(content)
         return true(path)
 
-    monkeypatch.setattr(gguf, "GGUFReader", damage)
+    monkeypatch.setattr(export_module, "Reader", damage)
     with pytest.raises(DynqError, match=r"output\.weight's data is not what was written"):
         export(tiny, recipe(tiny, "Q8_0"), None, tmp_path / "m.gguf", threads=1)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,37 @@
+"""gguf's reader, made fast on vocabularies.
+
+`gguf.GGUFReader` makes several NumPy arrays for every element of an array: 13 s and 0.5 GB for the header of a file
+with 150,000 tokens and as many merges. Here an array of numbers is one view, and a string is one slice.
+"""
+
+from typing import Any
+
+import gguf
+import numpy as np
+
+
+class Reader(gguf.GGUFReader):
+    """As gguf.GGUFReader: `fields` (key -> field with `contents()`) and `tensors` (views of the mapped file)."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        item, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        kind, n, at = gguf.GGUFValueType(int(item[0])), int(count[0]), orig_offs + 12
+        if n == 0 or (kind != gguf.GGUFValueType.STRING and kind not in self.gguf_scalar_to_np):
+            return super()._get_field_parts(orig_offs, raw_type)
+        parts: list[Any] = [item, count]
+        if kind == gguf.GGUFValueType.STRING:
+            view = self.data.data
+            for _ in range(n):
+                end = at + 8 + int.from_bytes(view[at : at + 8], "little")
+                if end > len(view):
+                    raise ValueError("a string runs past the end of the file")
+                parts.append(view[at + 8 : end])
+                at = end
+        else:
+            parts.append(self._get(at, self.gguf_scalar_to_np[kind], n))
+            if len(parts[-1]) != n:
+                raise ValueError("an array runs past the end of the file")
+            at += parts[-1].nbytes
+        return at - orig_offs, parts, list(range(2, len(parts))), [gguf.GGUFValueType.ARRAY, kind]
