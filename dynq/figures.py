@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dynq import formats
+from dynq.progress import is_static
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,7 +28,11 @@ _SCALE = "Cividis"
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure and its table. As the last value of a notebook's cell both are shown."""
+    """A figure and its table. As the last value of a notebook's cell both are shown.
+
+    A live notebook draws with plotly's own renderer, which needs no network; one that runs in batch gets HTML that
+    fetches plotly.js when it is looked at, so that a saved notebook stays small.
+    """
 
     figure: go.Figure
     table: str
@@ -35,8 +40,12 @@ class Picture:
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
-        self.figure.show()
-        display(HTML(self.table))
+        if is_static():
+            page = self.figure.to_html(full_html=False, include_plotlyjs="cdn", config={"displayModeBar": False})
+            display(HTML(page + self.table))
+        else:
+            self.figure.show()
+            display(HTML(self.table))
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
@@ -271,7 +280,9 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
             line={"color": colour, "width": 1.5},
         )
     _layout(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
-    figure.update_xaxes(title="tensor data, MB (10^6 bytes)")
+    sizes = [entry["tensor_bytes"] / 1e6 for entry in evaluation["files"]]
+    room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
+    figure.update_xaxes(title="tensor data, MB (10^6 bytes)", range=[min(sizes) - room, max(sizes) + room])
     figure.update_yaxes(title="mean KLD, nats per token (less is better)", type="log", dtick="D1")
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
 

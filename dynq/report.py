@@ -56,7 +56,9 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
 def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:
     # a fixed id: plotly would draw a new one every time, and the same run would give other bytes
     return {
-        "html": picture.figure.to_html(full_html=False, include_plotlyjs=False, div_id=name),
+        "html": picture.figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=name, config={"displayModeBar": False}
+        ),
         "table": picture.table,
     }
 

@@ -6,6 +6,7 @@ papermill itself only warns of an unknown parameter and takes any type; here bot
 
 import ast
 import json
+import os
 import shutil
 import sys
 import time
@@ -175,6 +176,7 @@ def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
             stderr_file=bars,
             kernel_manager_class=_kernel_manager(folder),
             coalesce_streams=True,
+            shutdown_kernel="immediate",
         )
     except papermill.PapermillExecutionError as error:
         beside.replace(executed)
@@ -201,8 +203,9 @@ def _kernel_manager(folder: RunFolder) -> type:
 
     environment = {
         "DYNQ_DISPLAY": "static",
-        "PLOTLY_RENDERER": "notebook_connected",  # the default leaves a blank in an exported page
         "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns),
+        # threads that wait by spinning slow a busy machine down many times over, and gain little on an idle one
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         LOCKED: str(folder.path),
     }
     spec = KernelSpec(
