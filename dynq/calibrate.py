@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.files import replacing
 from dynq.fisher import HEAD, Fisher, Recorder, batch_samples, true_fisher_backward
 from dynq.imatrix import Importance, write_imatrix
 from dynq.progress import progress
@@ -55,10 +56,9 @@ def calibrate(
             true_fisher_backward(model, ids, generator)
             share = -(-keep * len(ids) // len(tokens))
             samples, groups = batch_samples(recorder, len(ids), share, generator)
-            part = fisher / f"{i:05d}.partial"
-            # one key: safetensors writes several in an order that changes from run to run
-            save_file(samples, part, {"batch": json.dumps({"tokens": ids.numel(), "groups": groups})})
-            part.replace(fisher / f"{i:05d}.safetensors")
+            with replacing(fisher / f"{i:05d}.safetensors") as beside:
+                # one key: safetensors writes several in an order that changes from run to run
+                save_file(samples, beside, {"batch": json.dumps({"tokens": ids.numel(), "groups": groups})})
     finally:
         recorder.close()
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)

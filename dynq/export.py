@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from gguf.gguf_writer import WriterState
 from dynq import __version__, codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.files import replacing
 from dynq.gguf_reader import Reader
 from dynq.imatrix import Importance
 from dynq.progress import progress
@@ -64,32 +63,18 @@ def export(
     header = _header(checkpoint, recipe.formats, metadata)
     sizes = {n: formats.tensor_bytes(fmt, checkpoint.tensors[n].shape) for n, fmt in recipe.formats.items()}
     needed = len(header) + sum(_padded(size) for size in sizes.values())
-    partial = path.with_name(path.name + ".partial")
-    _check_room(path, partial, needed)
+    _check_room(path, needed)
     digests: dict[str, str] = {}
     whole = hashlib.sha256(header)
-    try:
-        with partial.open("wb") as file:
+    with replacing(path, needed) as beside:
+        with beside.open("wb") as file:
             file.write(header)
             for name, _, data in _encoded(checkpoint, recipe.formats, importance, threads, path.name):
                 digests[name] = hashlib.sha256(data.data).hexdigest()
                 for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
                     whole.update(piece.data)
                     file.write(piece.data)
-            file.flush()
-            os.fsync(file.fileno())
-        _verify(partial, checkpoint, recipe.formats, metadata, digests)
-        partial.replace(path)
-    except BaseException as error:  # Ctrl-C too: nothing half-written stays behind
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DynqError(f"{path}: the disk is full; the file needs {needed:,} bytes") from error
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename, too, is on the disk
-    finally:
-        os.close(directory)
+        _verify(beside, checkpoint, recipe.formats, metadata, digests)
     return {
         "bytes": needed,
         "tensor_bytes": recipe.tensor_bytes,
@@ -231,10 +216,8 @@ def _padded(size: int) -> int:
     return gguf.GGUFWriter.ggml_pad(size, _ALIGNMENT)
 
 
-def _check_room(path: Path, partial: Path, needed: int) -> None:
-    if not path.parent.is_dir():
-        raise DynqError(f"{path}: the directory {path.parent} does not exist; make it first")
-    free = shutil.disk_usage(path.parent).free + (partial.stat().st_size if partial.exists() else 0)
+def _check_room(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else needed
     if free < needed:
         raise DynqError(f"{path}: the disk has {free:,} bytes left, the file needs {needed:,}")
 

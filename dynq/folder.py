@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import dynq
 from dynq.errors import DynqError
+from dynq.files import replacing
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
@@ -78,13 +79,8 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder beside its place, then rename it."""
-        beside = self / f"{name}.partial"
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self / name)
+        with replacing(self / name) as beside:
+            beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the folder; DynqError where it is missing."""

@@ -6,7 +6,6 @@ encoders weigh errors with.
 Layout after llama.cpp: ``tools/imatrix/imatrix.cpp`` (writer) and ``common/imatrix-loader.cpp`` (reader).
 """
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gguf.constants import Keys
 from numpy.typing import NDArray
 
 from dynq.errors import DynqError
+from dynq.files import replacing
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # The weight, in tokens, of the other experts' mean in an expert's own: enough to steady one that a handful of tokens
@@ -94,8 +94,6 @@ def write_imatrix(path: str | Path, importance: Importance) -> None:
     is written beside `path`, synced and renamed: `path` is the old file or the new one, never half.
     Raises DynqError if the arrays contradict each other, hold a non-finite or negative value, or cannot be written.
     """
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     writer = GGUFWriter(None, "imatrix")
     writer.kv_data[0].clear()  # llama-imatrix writes no general.architecture: the file is no model
     writer.add_type("imatrix")
@@ -110,18 +108,11 @@ def write_imatrix(path: str | Path, importance: Importance) -> None:
         # ggml drops trailing dimensions of one, so a plain layer has one dimension
         writer.add_tensor(name + _SUMS, sums if len(sums) > 1 else sums[0])
         writer.add_tensor(name + _COUNTS, counts[:, None] if len(counts) > 1 else counts)
-    try:
+    with replacing(path) as beside:
         writer.write_header_to_file(beside)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise DynqError(f"{path}: the importance matrix cannot be written: {error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_imatrix(path: str | Path) -> Importance:

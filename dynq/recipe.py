@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from dynq.errors import DynqError
+from dynq.files import replacing
 
 VERSION = 1
 KEY = "dynq.recipe"
@@ -102,14 +103,9 @@ class Recipe:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON beside `path`, then rename it, so that `path` is never half a recipe."""
-        path = Path(path)
-        beside = path.with_name(path.name + ".part")
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        """Write the JSON; `path` is never half a recipe."""
+        with replacing(path) as beside:
+            beside.write_text(self.to_json(), encoding="utf-8", newline="\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":

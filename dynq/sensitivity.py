@@ -24,6 +24,7 @@ from dynq import codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
+from dynq.files import replacing
 from dynq.fisher import HEAD, Fisher, Samples, linear_tensors
 from dynq.imatrix import Importance
 from dynq.progress import progress
@@ -113,10 +114,9 @@ def sensitivity(
 
 
 def write_table(table: pa.Table, folder: Path) -> None:
-    """Write ``sensitivity.parquet`` beside its place and rename it."""
-    beside = folder / "sensitivity.parquet.partial"
-    pq.write_table(table, beside)
-    beside.replace(folder / "sensitivity.parquet")
+    """Write ``sensitivity.parquet`` of a run folder."""
+    with replacing(folder / "sensitivity.parquet") as beside:
+        pq.write_table(table, beside)
 
 
 def _tensor_rows(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dynq.errors import DynqError
+from dynq.files import replacing
 from dynq.progress import progress
 
 RANGE = 24.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.00037
@@ -79,15 +80,14 @@ def make_reference(
             f"{path.parent}: the reference's log-probabilities need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             "free; take fewer chunks or another folder"
         )
-    partial = path.with_suffix(".u16.partial")
-    depth = np.memmap(partial, np.uint16, "w+", shape=shape)
-    for chunks in _batches(n_chunks, batch, desc):
-        log_p = _forward(model, tokens[chunks.start : chunks.stop], first)
-        steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
-        depth[chunks.start : chunks.stop] = steps.cpu().numpy().astype(np.uint16)
-    depth.flush()
-    del depth
-    partial.replace(path.with_suffix(".u16"))
+    with replacing(path.with_suffix(".u16")) as beside:
+        depth = np.memmap(beside, np.uint16, "w+", shape=shape)
+        for chunks in _batches(n_chunks, batch, desc):
+            log_p = _forward(model, tokens[chunks.start : chunks.stop], first)
+            steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
+            depth[chunks.start : chunks.stop] = steps.cpu().numpy().astype(np.uint16)
+        depth.flush()
+        del depth
     header = {"first": first, "n_vocab": shape[2], "tokens": tokens.tolist()}
     path.with_suffix(".json").write_text(json.dumps(header))
     return open_reference(path)

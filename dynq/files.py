@@ -1,0 +1,44 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, renamed."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dynq.errors import DynqError
+
+
+@contextmanager
+def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
+    """Gives the path of a file beside ``path`` to write to; when the block ends it takes the place of ``path``.
+
+    After an exception, Ctrl-C too, ``path`` is what it was before and nothing half-written stays behind. Raises
+    DynqError where the folder is missing or the disk is full; needs: the file's bytes, where they are known.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise DynqError(f"{path}: the directory {path.parent} does not exist; make it first")
+    beside = path.with_name(path.name + ".partial")
+    try:
+        yield beside
+        _flush(beside)
+        beside.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"the file needs {needs:,} bytes" if needs else "make room and run the same command again"
+            raise DynqError(f"{path}: the disk is full; {what}") from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every system opens a directory
+        _flush(path.parent)  # the rename, too, is on the disk
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
