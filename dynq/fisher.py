@@ -189,7 +189,7 @@ def batch_samples(
             out[f"{name}.g"], out[f"{name}.slope"] = _unit(g[index])
             if name == HEAD:
                 continue  # an error in the logits of one token touches no other token
-            error = probe_error(recorder.modules[name].weight)  # type: ignore[arg-type]
+            error = probe_error(recorder.modules[name].weight)
             moved = error[x] if lookup else x @ error.T
             c = (moved * g).sum(-1).double().reshape(sequences, -1)
             out[f"{name}.cross"] = torch.stack([c.square().sum(), c.sum(-1).square().sum()]).cpu()
