@@ -63,7 +63,7 @@ class Recorder:
         names = linear_tensors(checkpoint)
         for name in names if HEAD in names else [*names, HEAD]:
             if name == HEAD:
-                module: torch.nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+                module: torch.nn.Module = model.get_output_embeddings()
             else:
                 module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
             if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
