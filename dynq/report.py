@@ -7,6 +7,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from dynq import figures, mixes, sensitivity
+from dynq.files import replacing
 from dynq.folder import RunFolder, file_safe
 from dynq.recipe import Recipe
 
@@ -48,9 +49,8 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "plotlyjs": get_plotlyjs(),
     }
     for name in ("report.html", "model-card.md"):
-        beside = folder / f"{name}.partial"
-        beside.write_text(_template(f"{name}.j2").render(values), encoding="utf-8")
-        beside.replace(folder / name)
+        with replacing(folder / name) as beside:
+            beside.write_text(_template(f"{name}.j2").render(values), encoding="utf-8")
 
 
 def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:
