@@ -87,6 +87,19 @@ def parse_pins(texts: Iterable[str]) -> dict[str, str]:
     return pins
 
 
+def candidates(names: Iterable[str], profile: str) -> list[str]:
+    """The formats that a sensitivity table needs: `names`, and those of dynq's that the profile allows.
+
+    DynqError: an unknown format or profile.
+    """
+    if profile not in PROFILES:
+        raise DynqError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
+    allowed = PROFILES[profile] or ()
+    return list(
+        dict.fromkeys([formats.get(name).name for name in names] + [n for n in formats.FORMATS if n in allowed])
+    )
+
+
 # --- the solver -------------------------------------------------------------------------------------------------------
 
 _MAX_STATES = 4_000
@@ -284,7 +297,7 @@ def allocate(
     """
     target = parse_target(target) if isinstance(target, str) else target
     fixed = {name: "F32" for name, info in checkpoint_tensors.items() if not info.quantizable}
-    candidates = _candidates(table, checkpoint_tensors, pins or {}, profile)
+    options = _candidates(table, checkpoint_tensors, pins or {}, profile)
 
     align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
     n_weights = sum(math.prod(info.shape) for info in checkpoint_tensors.values())
@@ -297,15 +310,15 @@ def allocate(
     else:
         budget = mixes.mix_bytes(target.like, checkpoint_tensors, metadata, has_importance)
 
-    names = list(candidates)
-    sizes = [[_pad(size, align) for _, size, _ in candidates[name]] for name in names]
-    losses = [[loss for _, _, loss in candidates[name]] for name in names]
+    names = list(options)
+    sizes = [[_pad(size, align) for _, size, _ in options[name]] for name in names]
+    losses = [[loss for _, _, loss in options[name]] for name in names]
     smallest = outside + sum(map(min, sizes))
     if smallest > budget:
         raise DynqError(_too_small(target, smallest, n_weights, budget))
     picked = choose(sizes, losses, budget - outside)
 
-    chosen = {name: candidates[name][j] for name, j in zip(names, picked, strict=True)}
+    chosen = {name: options[name][j] for name, j in zip(names, picked, strict=True)}
     recipe = {name: fixed.get(name) or chosen[name][0] for name in checkpoint_tensors}
     tensor_bytes = sum(_stored(fmt, tuple(checkpoint_tensors[name].shape))[1] for name, fmt in recipe.items())
     used = outside + sum(size[j] for size, j in zip(sizes, picked, strict=True))

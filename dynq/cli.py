@@ -101,6 +101,7 @@ def run(
     tasks = runner.plan(
         _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
     )
+    runner.check_sizes(tasks)
     try:
         evaluation = runner.execute(tasks, folder)
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from dynq.allocate import parse_target
+from dynq.allocate import allocate, candidates, parse_target
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe
 from dynq.progress import LineStream
@@ -130,15 +130,48 @@ def plan(
 
     tasks = []
     for notebook in NOTEBOOKS:
-        own = {name: given.get(name, parameter.default) for name, parameter in known[notebook].items()}
+        filled = {name: given.get(name, parameter.default) for name, parameter in known[notebook].items()}
         step = notebook.partition("_")[2]
         if notebook in PER_TARGET:
-            tasks += [Task(notebook, f"{step}.{file_safe(t)}", own | {"target": t}) for t in targets]
+            tasks += [Task(notebook, f"{step}.{file_safe(t)}", filled | {"target": t}) for t in targets]
         else:
-            tasks.append(Task(notebook, step, own))
+            tasks.append(Task(notebook, step, filled))
     for task in tasks:
         folder.check(task.step, task.parameters)
     return tasks
+
+
+def check_sizes(tasks: Iterable[Task]) -> None:
+    """DynqError, before any work, where the model cannot be opened, a target is too small or a pin fits no tensor.
+
+    The targets are allocated once with a table in which nothing costs anything: only the shapes count.
+    """
+    from pyarrow import Table
+
+    from dynq import formats
+    from dynq.checkpoint import open_checkpoint
+    from dynq.export import header_bytes
+
+    steps = {task.step: task.parameters for task in tasks}
+    checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
+    names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])
+    rows = [
+        {"tensor": name, "format": formats.usable(candidate, info.row), "predicted_kld": 0.0}
+        for name, info in checkpoint.tensors.items()
+        if info.quantizable
+        for candidate in names
+    ]
+    for step, own in steps.items():
+        if step.startswith("allocate."):
+            allocate(
+                Table.from_pylist(rows),
+                checkpoint.tensors,
+                own["target"],
+                metadata=checkpoint.metadata,
+                header_bytes=header_bytes(checkpoint),
+                pins=own["pins"],
+                profile=own["profile"],
+            )
 
 
 def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> dict[str, Any]:

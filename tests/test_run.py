@@ -301,3 +301,25 @@ def test_no_process_stays_behind(execute):
     pid = int(nbformat.read(path, 4).cells[-1].outputs[0].text)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "message"),
+    [
+        ("1bpw", {}, "the smallest possible is 2.6"),
+        ("1MB", {}, "the smallest possible is .* MB"),
+        ("3.5bpw", {"pins": {"blk.*.nothing": "Q4_K"}}, "matches no tensor"),
+        ("3.5bpw", {"profile": "no-such"}, "no profile 'no-such'"),
+        ("3.5bpw", {"formats": ["Q9_K"]}, "Q9_K"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, target, values, message):
+    tasks = runner.plan("dynq-tiny", [target], RunFolder(tmp_path / "run"), values)
+    with pytest.raises(DynqError, match=message):
+        runner.check_sizes(tasks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_can_be_made_passes(tmp_path):
+    targets = ["3.5bpw", "6MB", "like:Q4_K_M"]
+    runner.check_sizes(runner.plan("dynq-tiny", targets, RunFolder(tmp_path / "run"), {"profile": "cpu-arm"}))
