@@ -79,6 +79,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder beside its place, then rename it."""
+        (self / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(self / name) as beside:
             beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 

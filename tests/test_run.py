@@ -321,5 +321,5 @@ def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, target, values
 
 
 def test_what_can_be_made_passes(tmp_path):
-    targets = ["3.5bpw", "6MB", "like:Q4_K_M"]
+    targets = ["5bpw", "9MB", "like:Q4_K_M"]
     runner.check_sizes(runner.plan("dynq-tiny", targets, RunFolder(tmp_path / "run"), {"profile": "cpu-arm"}))
