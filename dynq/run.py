@@ -269,18 +269,13 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
             f"  size         {own['file_bytes'] / 2**30:.3f} GiB ({own['file_bytes']:,} bytes), {own['bpw']:.3f} bpw",
             f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})",
         ]
-        mixes = [by_label[label] for label in dict.fromkeys((target["below"], target["above"]))]
-        shown = ", ".join(
-            f"{mix['label']} {mix['tensor_bytes']:,} bytes: {mix['statistics']['Mean KLD']:.4f}" for mix in mixes
-        )
+        rivals = [by_label[label] for label in dict.fromkeys(target[key] for key in ("below", "above", "uniform"))]
         where = "at the same bytes" if target["inside"] else "(none is of that size: the nearest)"
         lines += [
             f"  KLD ratio    {target['kld_ratio']:.2f} of llama.cpp's mixes {where}: {target['mix_kld']:.4f}",
-            f"               ({shown}; this file: {own['tensor_bytes']:,} bytes of tensors)",
-            f"  same top-1   {100 * own['statistics']['Same top p']:.1f} % "
-            + "("
-            + ", ".join(f"{mix['label']} {100 * mix['statistics']['Same top p']:.1f} %" for mix in mixes)
-            + ")",
+            f"               {_rival(own)}",
+            *(f"               {_rival(rival)}" for rival in rivals),
+            f"  same top-1   {100 * own['statistics']['Same top p']:.1f} %",
         ]
         if target["generated"]:
             lines.append(f"  llama.cpp    opened it and says: {_one_line(target['generated']['text'])}")
@@ -289,6 +284,11 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     if evaluation["model"]["requantized"]:
         lines += ["", "  The source was quantized already: KLD is against that file, not against the original model."]
     return "\n".join([*lines[1:], "", f"report: {folder / 'report.html'}"])
+
+
+def _rival(entry: Mapping[str, Any]) -> str:
+    name, size, found = entry["label"], entry["tensor_bytes"], entry["statistics"]
+    return f"{name:<18} {size:>15,} bytes of tensors   KLD {found['Mean KLD']:.4f}   same top-1 {100 * found['Same top p']:.1f} %"
 
 
 def _first_line(text: str) -> str:

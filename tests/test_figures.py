@@ -122,7 +122,7 @@ def test_frontier_draws_each_kind():
         for label, kind, size in (("Q2_K", "mix", 5), ("dynq 3bpw", "dynamic", 6), ("uniform Q3_K", "uniform", 6))
     ]
     picture = figures.frontier({"files": files, "model": {"name": "m"}})
-    assert [list(trace.text) for trace in picture.figure.data] == [["Q2_K"], ["Q3_K"], ["dynq 3bpw"]]
+    assert [list(trace.text) for trace in picture.figure.data] == [["Q2_K"], ["Q3_K"], ["3bpw"]]
     assert [row[0] for row in cells(picture)] == ["file", "Q2_K", "dynq 3bpw", "uniform Q3_K"]
     assert cells(picture)[1][-1] == "75"
 
