@@ -287,8 +287,8 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
 
 
 def _rival(entry: Mapping[str, Any]) -> str:
-    name, size, found = entry["label"], entry["tensor_bytes"], entry["statistics"]
-    return f"{name:<18} {size:>15,} bytes of tensors   KLD {found['Mean KLD']:.4f}   same top-1 {100 * found['Same top p']:.1f} %"
+    kld, same = entry["statistics"]["Mean KLD"], 100 * entry["statistics"]["Same top p"]
+    return f"{entry['label']:<16} {entry['tensor_bytes']:>15,} bytes of tensors, KLD {kld:.4f}, same top-1 {same:.1f} %"
 
 
 def _first_line(text: str) -> str:
