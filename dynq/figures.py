@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 _SCALE = "Cividis"
+# ticks that say the whole number: plotly's own leave "5" for 0.5
+_NATS = {"type": "log", "tickvals": [m * 10.0**e for e in range(-9, 2) for m in (1, 2, 5)], "tickformat": "~g"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def prediction_scatter(table: "pyarrow.Table", agreement: Mapping[str, Any]) -> 
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": BLACK, "dash": "dot", "width": 1})
     ranks = ", ".join(f"{fmt} {rho:.2f}" for fmt, rho in agreement["rank"].items() if rho is not None)
     _layout(figure, "Predicted and measured KLD of single swaps" + (f" (rank correlation {ranks})" if ranks else ""))
-    figure.update_xaxes(title="measured, nats", type="log").update_yaxes(title="predicted, nats", type="log")
+    figure.update_xaxes(title="measured, nats", **_NATS).update_yaxes(title="predicted, nats", **_NATS)
     lines = [
         {
             "tensor": row["tensor"],
@@ -283,7 +285,7 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
     sizes = [entry["tensor_bytes"] / 1e6 for entry in evaluation["files"]]
     room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
     figure.update_xaxes(title="tensor data, MB (10^6 bytes)", range=[min(sizes) - room, max(sizes) + room])
-    figure.update_yaxes(title="mean KLD, nats per token (less is better)", type="log", dtick="D1")
+    figure.update_yaxes(title="mean KLD, nats per token (less is better)", **_NATS)
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
 
 
