@@ -21,6 +21,7 @@ check: .venv/installed
 	$(BIN)/ruff check dynq tests
 	$(BIN)/ruff format --check dynq tests
 	$(BIN)/mypy
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
