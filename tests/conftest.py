@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# threads that wait should sleep, not spin: several test processes share the cores (read when torch is first imported)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 TARGET = "3.5bpw"
 PARAMETERS = {
     "n_chunks": 4,
