@@ -17,7 +17,8 @@ from dynq.kernels import errors, fit, floats, kquants, legacy
 from dynq.reference import PLANS
 
 CHUNK = 1 << 17  # weights encoded at a time by one thread: the chunk and its codes stay in a core's cache
-FLOOR = 1e-6  # least importance, of the mean: keeps least squares solvable where a channel was never seen
+# least importance, of the mean and of the largest in a block: keeps least squares solvable for channels never seen
+FLOOR = 1e-6
 F = np.float32
 
 
@@ -40,7 +41,7 @@ def quantize(
     n = weights.shape[-1]
     size = formats.row_bytes(fmt, n)
     rows = np.ascontiguousarray(weights, dtype=F).reshape(-1, n)
-    columns = None if importance is None else _columns(importance, n)
+    columns = None if importance is None else _columns(importance, n, formats.get(fmt).block)
     out = np.empty((rows.shape[0], size), np.uint8)
     encode = _encoder(fmt, columns)
 
@@ -99,8 +100,11 @@ def warmup(names: Iterable[str] | None = None) -> None:
             weighted_error(weights, dequantize(quantize(weights, name, importance), name))
 
 
-def _columns(importance: np.ndarray, n: int) -> np.ndarray:
-    """The importance as the kernels want it: float32 [n] of mean 1, none below FLOOR."""
+def _columns(importance: np.ndarray, n: int, block: int) -> np.ndarray:
+    """The importance as the kernels want it: float32 [n] of mean 1, none below FLOOR of its block's largest.
+
+    A wider range than that inside one block would leave float32 no digits for the small ones in the least squares.
+    """
     values = np.asarray(importance, dtype=np.float64)
     if values.shape != (n,):
         raise DynqError(f"importance has shape {values.shape}, the rows have {n} weights")
@@ -112,7 +116,9 @@ def _columns(importance: np.ndarray, n: int) -> np.ndarray:
     if largest == 0:
         return np.ones(n, F)
     values = values / largest  # first, so that the mean cannot overflow
-    return np.maximum(values / values.mean(), FLOOR).astype(F)
+    values = np.maximum(values / values.mean(), FLOOR)
+    blocks = values.reshape(-1, block)
+    return np.maximum(blocks, FLOOR * blocks.max(1, keepdims=True)).ravel().astype(F)
 
 
 def _check_finite(rows: np.ndarray, part: slice, shape: tuple[int, ...]) -> None:

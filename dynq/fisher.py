@@ -14,7 +14,7 @@ One batch of sequences is one safetensors file; ``group`` names the layers that 
     <group>.x      float16 [n, n_in], rows of length 1 (int64 [n], token ids, for the embedding)
     <group>.length float64 [n]        |x_s|
     <group>.weight float64 [n]        inverse probability that the token was kept
-    <name>.g       float16 [n, n_out], rows of length 1
+    <name>.g       float16 [n, n_out], rows of length 1 (not for the head, which has a formula without)
     <name>.slope   float64 [n]        |g_s|
     <group>.in_sum2 float64 [n_in]    sum of x_j^2 over all tokens of the batch
     <name>.cross   float64 [2]        sum over tokens of c_s^2; sum over sequences of (sum_s c_s)^2: see `probe_error`
@@ -94,6 +94,11 @@ class Recorder:
             handle.remove()
 
 
+def _invert(cumulative: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Index of the first entry of each row that reaches the fraction u of its last."""
+    return torch.searchsorted(cumulative, u * cumulative[..., -1:]).clamp_(max=cumulative.shape[-1] - 1)
+
+
 def true_fisher_backward(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
     """Backward pass of ``sum_t log p(y_t)``, y_t drawn from the model's own distribution at t.
 
@@ -103,8 +108,7 @@ def true_fisher_backward(model: Any, ids: torch.Tensor, generator: torch.Generat
     with torch.no_grad():
         # drawn on the CPU, by inverting the cumulative sum: the same labels on every device
         u = torch.rand(*ids.shape, 1, generator=generator, dtype=torch.float64).to(log_p.device)
-        cumulative = log_p.exp().double().cumsum(-1)
-        labels = torch.searchsorted(cumulative, u * cumulative[..., -1:]).clamp_(max=log_p.shape[-1] - 1)
+        labels = torch.stack([_invert(row.exp().double().cumsum(-1), at) for row, at in zip(log_p, u, strict=True)])
     log_p.gather(-1, labels).sum().backward()
 
 
@@ -116,7 +120,8 @@ def choose_tokens(size: torch.Tensor, n: int, generator: torch.Generator) -> tup
     weight 1 (Madow 1949; Horvitz and Thompson 1952).
     """
     tokens = len(size)
-    n = min(n, tokens)
+    if n >= tokens:
+        return torch.arange(tokens), torch.ones(tokens, dtype=torch.float64)
     q = UNIFORM_SHARE / tokens + (1 - UNIFORM_SHARE) * size / size.sum().clamp(min=1e-300)
     probability = torch.ones_like(q)
     free = torch.ones(tokens, dtype=torch.bool)
@@ -175,7 +180,7 @@ def batch_samples(
         length2 = torch.ones(len(x), dtype=torch.float64) if lookup else x.double().square().sum(-1).cpu()
         size = torch.zeros(len(x), dtype=torch.float64)
         for name in names:  # members of a group weigh alike, however large their gradients are
-            term = length2 * recorder.gradients[name].double().square().sum(-1).cpu()
+            term = length2 * torch.linalg.vector_norm(recorder.gradients[name], dim=-1).double().square().cpu()
             size += term / term.sum().clamp(min=1e-300)
         index, out[f"{first}.weight"] = choose_tokens(size, keep, generator)
         index = index.to(x.device)
@@ -186,11 +191,12 @@ def batch_samples(
             out[f"{first}.in_sum2"] = x.double().square().sum(0).cpu()
         for name in names:
             g = recorder.gradients[name]
-            out[f"{name}.g"], out[f"{name}.slope"] = _unit(g[index])
             if name == HEAD:
-                continue  # an error in the logits of one token touches no other token
-            error = probe_error(recorder.modules[name].weight)
-            moved = error[x] if lookup else x @ error.T
+                continue  # its formula needs no gradient, and an error in the logits of one token touches no other
+            out[f"{name}.g"], out[f"{name}.slope"] = _unit(g[index])
+            weight = recorder.modules[name].weight
+            # blocks lie within rows, so the rows that were looked up are enough of an embedding
+            moved = probe_error(weight[x]) if lookup else x @ probe_error(weight).T
             c = (moved * g).sum(-1).double().reshape(sequences, -1)
             out[f"{name}.cross"] = torch.stack([c.square().sum(), c.sum(-1).square().sum()]).cpu()
     return out, groups
@@ -232,12 +238,14 @@ class Fisher:
     def samples(self, name: str) -> Samples:
         """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied)."""
         group = self.group[name]
-        x, g = (torch.cat(list(self._each(key))) for key in (f"{group}.x", f"{name}.g"))
-        length, slope, weight = (
-            torch.cat(list(self._each(k))) for k in (f"{group}.length", f"{name}.slope", f"{group}.weight")
-        )
+        x, length, weight = (self._all(f"{group}.{what}") for what in ("x", "length", "weight"))
         x = x.float() * length.float()[:, None] if x.is_floating_point() else x
-        return Samples(x, g.float() * slope.float()[:, None], weight)
+        if name == HEAD:  # its formula needs no gradient
+            return Samples(x, torch.empty(len(x), 0), weight)
+        return Samples(x, self._all(f"{name}.g").float() * self._all(f"{name}.slope").float()[:, None], weight)
+
+    def _all(self, key: str) -> torch.Tensor:
+        return torch.cat(list(self._each(key)))
 
     def in_sum2(self, name: str) -> np.ndarray | None:
         """Sum of x_j^2 over all tokens, float64 ``[n_in]``; None for an embedding, which has no inputs."""

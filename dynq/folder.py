@@ -127,7 +127,7 @@ class RunFolder:
         for path in [] if sampled else [Path(part.strip()) for part in spec.split(",")]:
             if not path.is_file():
                 raise DynqError(f"{path}: no such file ({name})")
-            inputs[path.name] = content_hash(path)
+            inputs[str(path)] = content_hash(path)
         file = f"{split}-text.json"
         settings = {name: spec, "n_ctx": n_ctx, "n_chunks": n_chunks, "seed": seed}
         with self.step(f"{split}-text", parameters=settings, inputs=inputs, outputs=[file]) as todo:

@@ -32,8 +32,8 @@ def load_model(
     Raises:
         DynqError: a weight is missing or has the wrong shape.
     """
-    settings = {key: value for key, value in checkpoint.config.items() if value is not None}
-    settings |= {"tie_word_embeddings": checkpoint.tied}
+    # null is a value: without "sliding_window": null Mistral's would be 4096
+    settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(

@@ -36,7 +36,7 @@ def tensors(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray | None]:
 @given(case=tensors())
 def test_kernel_and_twin_write_the_same_bytes(name: str, case: tuple[np.ndarray, np.ndarray | None]):
     weights, importance = case
-    columns = None if importance is None else codec._columns(importance, weights.shape[1])
+    columns = None if importance is None else codec._columns(importance, weights.shape[1], formats.get(name).block)
     ours = codec.quantize(weights, name, importance, threads=1)
     np.testing.assert_array_equal(ours, reference.encode(weights, name, columns))
     decoded = codec.dequantize(ours, name, threads=1)

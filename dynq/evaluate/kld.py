@@ -2,7 +2,8 @@
 
 The text is cut into chunks of n_ctx tokens; each chunk is one forward pass, and the predictions from position
 n_ctx / 2 on are scored (tools/perplexity of llama.cpp). The reference's log-probabilities are computed once and kept
-in a file of 16 bits each, with 24 nats of range below the best token (llama.cpp's own file keeps 16).
+in a file of 16 bits each, with 32 nats of range below the best token. llama.cpp's own file keeps 16; at 24 a confident
+position over 150,000 tokens still shows a divergence of 7e-5 from itself.
 """
 
 import json
@@ -19,7 +20,7 @@ from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.progress import progress
 
-RANGE = 24.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.00037
+RANGE = 32.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.0005
 STEP = np.float32(RANGE / 65535)
 TOP_PERCENTILES = (99.9, 99.0, 95.0, 90.0)
 LOW_PERCENTILES = (10.0, 5.0, 1.0, 0.1)
