@@ -171,6 +171,9 @@ def main() -> None:
     except DynqError as error:
         print(f"dynq: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that may not be written, a full disk
+        print(f"dynq: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

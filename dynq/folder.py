@@ -95,7 +95,7 @@ class RunFolder:
         from dynq.checkpoint import open_checkpoint
 
         made = self.state["steps"].get("calibrate")
-        if not made:
+        if not made or made["state"] != "done":
             raise DynqError(f"{self.path}: nothing is calibrated here; run notebook 03_calibrate in it first")
         checkpoint = open_checkpoint(made["parameters"]["model"], made["parameters"]["allow_requantize"])
         if checkpoint.fingerprint != made["inputs"]["model"]:
@@ -197,12 +197,22 @@ class RunFolder:
                 for part in parts:
                     _remove(self / part)
             self._record(name, record)
-            yield True
+            try:
+                yield True
+            except DynqError:
+                if not any(_holds_something(self / part) for part in parts):
+                    self._forget(name)  # nothing to go on from: other parameters may mend the mistake
+                raise
             record["outputs"] = {file: content_hash(self / file) for file in outputs}
             self._record(name, record | {"state": "done"})
 
+    def _forget(self, name: str) -> None:
+        self._write_steps({key: step for key, step in self.state["steps"].items() if key != name})
+
     def _record(self, name: str, record: dict[str, Any]) -> None:
-        steps = self.state["steps"] | {name: record}
+        self._write_steps(self.state["steps"] | {name: record})
+
+    def _write_steps(self, steps: Mapping[str, Any]) -> None:
         versions = {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}}
         # by name, so that the order in which steps were first run does not show
         self.write_json(
@@ -231,6 +241,10 @@ def _lock(file: TextIO, path: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _remove(path: Path) -> None:

@@ -303,6 +303,25 @@ def test_no_process_stays_behind(execute):
         os.kill(pid, 0)
 
 
+def test_a_mistake_is_not_held_against_other_parameters(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(DynqError, match="too short"), folder.step("s", parameters={"n": 1}, outputs=[], parts=["part"]):
+        raise DynqError("too short")
+    with folder.step("s", parameters={"n": 2}, outputs=[], parts=["part"]) as todo:
+        assert todo
+
+
+def test_what_was_done_before_a_mistake_is_kept(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(DynqError, match="full"), folder.step("s", parameters={"n": 1}, outputs=[], parts=["part"]):
+        (tmp_path / "part").write_text("hours of work")
+        raise DynqError("the disk is full")
+    with pytest.raises(DynqError, match="was made with n=1, now it is 2"):
+        folder.check("s", {"n": 2})
+    with folder.step("s", parameters={"n": 1}, outputs=[], parts=["part"]):
+        assert (tmp_path / "part").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "values", "message"),
     [
