@@ -22,6 +22,8 @@ from dynq.progress import LineStream
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
+_LEAST = {"seed": 0, "threads": 0, "batch": 1, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1}
+_LEAST |= {"n_tokens": 1, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
 
@@ -126,6 +128,9 @@ def plan(
         raise DynqError(f"parameter {own[0]!r} is set by the command itself, not with -p")
     given = {name: check_value(name, value, kinds[name]) for name, value in (values or {}).items()}
     given |= {name: parse_value(name, text, kinds[name]) for name, text in (texts or {}).items()}
+    for name, least in _LEAST.items():
+        if given.get(name, least) < least:
+            raise DynqError(f"parameter {name} must be at least {least}, not {given[name]}")
     given |= {"run": str(folder.path), "model": model, "targets": targets, "force": folder.force}
 
     tasks = []

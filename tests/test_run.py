@@ -303,6 +303,12 @@ def test_no_process_stays_behind(execute):
         os.kill(pid, 0)
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", "-1"), ("batch", "0"), ("keep", "0"), ("eval_n_ctx", "2")])
+def test_plan_refuses_numbers_out_of_range(tmp_path, name, value):
+    with pytest.raises(DynqError, match=f"{name} must be at least .*, not {value}"):
+        runner.plan("dynq-tiny", ["3bpw"], RunFolder(tmp_path), texts={name: value})
+
+
 def test_a_mistake_is_not_held_against_other_parameters(tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(DynqError, match="too short"), folder.step("s", parameters={"n": 1}, outputs=[], parts=["part"]):
