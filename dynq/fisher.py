@@ -37,11 +37,6 @@ UNIFORM_SHARE = 0.1  # of the draws fall on any token alike: bounds every weight
 HEAD = "output.weight"
 
 
-def head_name(checkpoint: Checkpoint) -> str:
-    """The tensor that makes the logits: ``output.weight``, or the embedding where the two are tied."""
-    return HEAD if HEAD in checkpoint.tensors else "token_embd.weight"
-
-
 def linear_tensors(checkpoint: Checkpoint) -> list[str]:
     """Names of the quantizable tensors, in file order. Each belongs to a linear module or to the embedding."""
     return [name for name, tensor in checkpoint.tensors.items() if tensor.quantizable]
