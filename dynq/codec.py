@@ -7,34 +7,41 @@ reach over a row and no sum reaches over a block, so the bytes do not depend on 
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 
 from dynq import formats
 from dynq.errors import DynqError
-from dynq.kernels import errors, fit, floats, kquants, legacy
-from dynq.reference import PLANS
+from dynq.kernels import FAMILIES, errors, floats
 
 CHUNK = 1 << 17  # weights encoded at a time by one thread: the chunk and its codes stay in a core's cache
 # least importance, of the mean and of the largest in a block: keeps least squares solvable for channels never seen
 FLOOR = 1e-6
+LEVELS = ("plain", "search")
 F = np.float32
 
 
 def quantize(
-    weights: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, threads: int | None = None
+    weights: np.ndarray,
+    fmt: str,
+    importance: np.ndarray | None = None,
+    *,
+    level: str = "plain",
+    threads: int | None = None,
 ) -> np.ndarray:
     """Encode float32 weights [..., n] as `fmt`: uint8 [..., row_bytes].
 
     importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; the
     encoder then minimises sum importance_j (w - what)^2. All zero counts as none being known: all channels weigh the
-    same. Without importance Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search, as llama.cpp does; Q8_0,
-    F16, BF16 and F32 never use it. Values beyond the largest half float are stored as that one.
+    same. On level `plain`
+    Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search where no importance is given, as llama.cpp does; Q8_0, F16,
+    BF16 and F32 never use it. Values beyond the largest half float are stored as that one.
 
     threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
     """
+    if level not in LEVELS:
+        raise DynqError(f"no level {level!r} of encoding; the levels are {' and '.join(LEVELS)}")
     weights = np.asarray(weights)
     if weights.ndim == 0:
         raise DynqError("quantize needs an array of at least one dimension, got a scalar")
@@ -42,8 +49,12 @@ def quantize(
     size = formats.row_bytes(fmt, n)
     rows = np.ascontiguousarray(weights, dtype=F).reshape(-1, n)
     columns = None if importance is None else _columns(importance, n, formats.get(fmt).block)
+    if columns is None and formats.get(fmt).needs_importance:
+        raise DynqError(
+            f"{fmt} cannot be encoded without importance: give an importance matrix, or take another format"
+        )
     out = np.empty((rows.shape[0], size), np.uint8)
-    encode = _encoder(fmt, columns)
+    encode = _encoder(fmt, columns, level)
 
     def work(part: slice) -> None:
         _check_finite(rows, part, weights.shape)
@@ -97,7 +108,8 @@ def warmup(names: Iterable[str] | None = None) -> None:
         n = formats.get(name).block
         weights = np.linspace(-1, 1, n, dtype=F)[None]
         for importance in (None, np.ones(n, F)):
-            weighted_error(weights, dequantize(quantize(weights, name, importance), name))
+            if importance is not None or not formats.get(name).needs_importance:
+                weighted_error(weights, dequantize(quantize(weights, name, importance), name))
 
 
 def _columns(importance: np.ndarray, n: int, block: int) -> np.ndarray:
@@ -151,44 +163,15 @@ def _cores() -> int:
 Encode = Callable[[np.ndarray, np.ndarray], None]
 
 
-def _encoder(name: str, columns: np.ndarray | None) -> Encode:
+def _encoder(name: str, columns: np.ndarray | None, level: str) -> Encode:
     """The function (float32 [rows, n], uint8 [rows, row_bytes] to fill) of a format."""
     if name in _FLOATS:
-        return lambda rows, out: _FLOATS[name](rows, out)
-    plan, width, size = PLANS[name], formats.get(name).block, formats.get(name).block_bytes
-    searched = width == 256 or (columns is not None and name != "Q8_0")
+        return _FLOATS[name]
+    form = formats.get(name)
+    w = None if columns is None else columns.reshape(-1, form.block)
 
     def encode(rows: np.ndarray, out: np.ndarray) -> None:
-        x, blocks = rows.reshape(-1, width), out.reshape(-1, size)
-        w = (np.ones(rows.shape[1], F) if columns is None else columns).reshape(-1, width)
-        codes = np.empty(x.shape, np.uint8)
-        d, m = np.empty((2, x.shape[0]), np.uint16)
-        low, high = F(plan.low), F(plan.high)
-        search, deltas = (np.array(plan.tries, F), plan.refinements), np.array(plan.deltas, F)
-        if width == 256 and plan.affine:
-            scales, mins = np.empty((2, x.shape[0], width // plan.sub), np.uint8)
-            fit.fit_affine(x, w, plan.sub, high, F(plan.top), *search, deltas, codes, scales, mins, d, m)
-            if name == "Q2_K":
-                kquants.pack_q2_k(codes, scales, mins, d, m, blocks)
-            else:
-                kquants.pack_q45_k(codes, scales, mins, d, m, name == "Q5_K", blocks)
-        elif width == 256:
-            levels = np.empty((x.shape[0], 16), np.int8)
-            fit.fit_symmetric(x, w, low, high, F(plan.bottom), F(plan.top), *search, deltas, codes, levels, d)
-            (kquants.pack_q3_k if name == "Q3_K" else kquants.pack_q6_k)(codes, levels, d, blocks)
-        else:
-            if plan.affine and searched:
-                fit.fit_block_affine(x, w, high, *search, codes, d, m)
-            elif plan.affine:
-                fit.round_affine(x, high, codes, d, m)
-            elif searched:
-                fit.fit_block_symmetric(x, w, low, high, *search, codes, d)
-            else:
-                fit.round_symmetric(x, low, high, name == "Q8_0", codes, d)
-            if name == "Q8_0":
-                legacy.pack_q8_0(codes, d, blocks)
-            else:
-                legacy.pack(codes, d, m, plan.affine, name[1] == "5", blocks)
+        FAMILIES[name].encode(name, rows.reshape(-1, form.block), w, level, out.reshape(-1, form.block_bytes))
 
     return encode
 
@@ -198,31 +181,16 @@ def _decoder(name: str) -> Encode:
     form = formats.get(name)
 
     def decode(rows: np.ndarray, out: np.ndarray) -> None:
-        data, x = rows.reshape(-1, form.block_bytes), out.reshape(-1, form.block)
         if name == "F32":
             out[:] = rows.view(F)
         elif name == "F16":
             floats.decode_f16(rows.view(np.uint16).ravel(), out.ravel())
         elif name == "BF16":
             np.left_shift(rows.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
-        elif name == "Q8_0":
-            legacy.decode_q8_0(data, _half_table(), x)
-        elif name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
-            legacy.decode(data, _half_table(), name[3] == "1", name[1] == "5", x)
-        elif name in ("Q4_K", "Q5_K"):
-            kquants.decode_q45_k(data, _half_table(), name == "Q5_K", x)
         else:
-            {"Q2_K": kquants.decode_q2_k, "Q3_K": kquants.decode_q3_k, "Q6_K": kquants.decode_q6_k}[name](
-                data, _half_table(), x
-            )
+            FAMILIES[name].decode(name, rows.reshape(-1, form.block_bytes), out.reshape(-1, form.block))
 
     return decode
-
-
-@cache
-def _half_table() -> np.ndarray:
-    """The float32 of each half float, by its bits."""
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(F)
 
 
 def _encode_f32(rows: np.ndarray, out: np.ndarray) -> None:

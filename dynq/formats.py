@@ -31,17 +31,29 @@ class Format:
         return 8 * self.block_bytes / self.block
 
 
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_NAMES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_FALLBACK = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+_NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_NAMES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0"),
+)
 
 
 def _format(name: str) -> Format:
     kind = GGMLQuantizationType[name]
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return Format(name, int(kind), block, block_bytes, fallback=_FALLBACK.get(name))
+    return Format(name, int(kind), block, block_bytes, name in _NEED_IMPORTANCE, _FALLBACK.get(name))
 
 
-FORMATS: dict[str, Format] = {name: _format(name) for name in _NAMES}
+# gguf 0.19 does not know Q2_0 yet
+FORMATS: dict[str, Format] = {name: _format(name) for name in _NAMES if name in GGMLQuantizationType.__members__}
 
 
 def get(name: str) -> Format:

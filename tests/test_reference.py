@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dynq import codec, formats, reference
 
-NAMES = list(reference.PLANS)
+NAMES = list(reference.FAMILIES)
 
 
 @st.composite

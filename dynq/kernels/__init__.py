@@ -1,1 +1,16 @@
-"""The compiled kernels, one file a family. They take checked, C-contiguous arrays: call them through dynq.codec."""
+"""Numba kernels, one file a family of formats. Nothing here checks its input: dynq.codec does.
+
+Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, out)`` over whole blocks: x float32
+[blocks, block], finite; w float32 [blocks of a row, block], the importance of mean 1, all above 0, or None; level
+`plain` or `search`; data and out uint8 [blocks, block_bytes].
+"""
+
+from types import ModuleType
+
+from dynq.kernels import kquants, legacy
+
+FAMILIES: dict[str, ModuleType] = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), legacy),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), kquants),
+}
+"""Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""

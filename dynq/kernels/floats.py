@@ -3,6 +3,8 @@
 float32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm      F16  s eeeee mmmmmmmmmm      BF16  s eeeeeeee mmmmmmm
 """
 
+from functools import cache
+
 import numpy as np
 
 from dynq.kernels._jit import kernel
@@ -10,6 +12,35 @@ from dynq.kernels._jit import kernel
 U = np.uint32
 MAGNITUDE = U(0x7FFFFFFF)
 HALF = np.float32(0.5)
+TO_NORMAL = np.float32(2.0**112)  # a half float's exponent bias against a float32's
+
+
+@kernel
+def half(value):
+    """Bits of the half float nearest to a float32, ties to even; beyond the largest, the largest. Without branches."""
+    bits = np.float32(value).view(U)
+    magnitude = U(bits & U(0x7FFFFFFF))
+    odd = U(U(magnitude >> U(13)) & U(1))
+    normal = U(U(U(U(magnitude + U(0xFFF)) + odd) - U(0x38000000)) >> U(13))
+    # below 2^-14 a half float is a multiple of 2^-24, which is what the sum with one half is rounded to
+    tiny = U(np.float32(U(magnitude).view(np.float32) + HALF).view(U) - U(0x3F000000))
+    result = tiny if magnitude < U(0x38800000) else normal
+    result = result if result < U(0x7BFF) else U(0x7BFF)
+    return np.uint16(result | U(U(bits >> U(16)) & U(0x8000)))
+
+
+@kernel
+def single(bits):
+    """The float32 of a finite half float's bits."""
+    h = U(bits)
+    magnitude = U(U(h & U(0x7FFF)) << U(13)).view(np.float32) * TO_NORMAL
+    return U(np.float32(magnitude).view(U) | U(U(h & U(0x8000)) << U(16))).view(np.float32)
+
+
+@cache
+def half_table() -> np.ndarray:
+    """The float32 of each half float, by its bits: float32 [65536]."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 @kernel

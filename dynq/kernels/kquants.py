@@ -21,12 +21,250 @@ and w[128 h + 64 + k] above. The twelve bytes of 6-bit scales, S[0..] being scal
     byte 4 + j   M[j+4] upper 2 : M[j] 6            byte 8 + i   upper 2 of S[i+12], S[i+8], S[i+4], S[i],
     byte 8 + j   M[j+4] lower 4 : S[j+4] lower 4                 from the highest bits down
 
+After the search for each sub-block (dynq.kernels.fit) come the super-block's floats, then a descent over the stored
+numbers, which llama.cpp does not have.
+
 Source: block_q2_K to block_q6_K in llama.cpp's ggml-common.h. Decoding multiplies and subtracts in gguf-py's order.
 """
 
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels.fit import (
+    INFINITY,
+    ONE,
+    ROUNDS,
+    TWO,
+    ZERO,
+    assign,
+    load,
+    measure,
+    search_affine,
+    search_symmetric,
+    stored,
+)
+from dynq.kernels.floats import half, half_table
+from dynq.kernels.plans import plan_of
+
+GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
+
+
+@kernel
+def _level_scale(v, weight, low, high, deltas, unit, out):
+    """Per super-block: the stored d that about minimises sum weight (v - d q)^2, q integers in low..high.
+
+    v, weight [lanes], out [GROUP]. The largest |v| is sent to a few places about the end of the range (about `low`
+    where that is negative, so that d's sign follows the largest, as llama.cpp has it); least squares gives each d.
+    """
+    subs = v.shape[0] // GROUP
+    end = low if low < ZERO else high
+    for g in range(GROUP):
+        largest = ZERO
+        for s in range(subs):
+            value = v[s * GROUP + g]
+            largest = value if abs(value) > abs(largest) else largest
+        best = ZERO
+        scale = ZERO
+        if largest != ZERO:
+            for t in range(deltas.shape[0]):
+                inverse = (end + deltas[t]) / largest
+                vq, qq = ZERO, ZERO
+                for s in range(subs):
+                    value = v[s * GROUP + g]
+                    q = np.rint(value * inverse)
+                    q = q if q > low else low
+                    q = q if q < high else high
+                    wq = weight[s * GROUP + g] * q
+                    vq += wq * value
+                    qq += wq * q
+                if qq > ZERO and vq / qq * vq > best:
+                    scale = vq / qq
+                    best = scale * vq
+        out[g] = stored(scale, unit[g])
+
+
+@kernel
+def _levels(v, d, low, high, out):
+    """The integers in low..high nearest to v / d; 0 where d is 0."""
+    for s in range(v.shape[0] // GROUP):
+        for g in range(GROUP):
+            q = np.rint(v[s * GROUP + g] / d[g]) if d[g] != ZERO else ZERO
+            q = q if q > low else low
+            out[s * GROUP + g] = q if q < high else high
+
+
+@kernel
+def _descend_affine(top, sw, sx, sl, sll, sxl, S, ls, lm, unit, D, DM):
+    """Codes fixed, improve the stored numbers: per sub-block the best (scale, min), then the best (D, DM) of all."""
+    subs = ls.shape[0] // GROUP
+    for s in range(subs):
+        for g in range(GROUP):
+            j = s * GROUP + g
+            determinant = sw[j] * sll[j] - sl[j] * sl[j]
+            wish = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant if determinant > ZERO else S[j]
+            middle = np.rint(wish / D[g]) if D[g] > ZERO else ZERO
+            least = INFINITY
+            for step in (-ONE, ZERO, ONE):
+                level = middle + step
+                level = level if level > ZERO else ZERO
+                level = level if level < top else top
+                scale = D[g] * level
+                low = np.rint((scale * sl[j] - sx[j]) / sw[j] / DM[g]) if DM[g] > ZERO else ZERO
+                low = low if low > ZERO else ZERO
+                low = low if low < top else top
+                offset = -(DM[g] * low)
+                error = scale * (scale * sll[j] + TWO * (offset * sl[j] - sxl[j])) + offset * (
+                    offset * sw[j] - TWO * sx[j]
+                )
+                if error < least:
+                    least, ls[j], lm[j] = error, level, low
+    for g in range(GROUP):
+        aa, ab, bb, ax, bx = ZERO, ZERO, ZERO, ZERO, ZERO
+        for s in range(subs):
+            j = s * GROUP + g
+            aa += ls[j] * ls[j] * sll[j]
+            ab += ls[j] * lm[j] * sl[j]
+            bb += lm[j] * lm[j] * sw[j]
+            ax += ls[j] * sxl[j]
+            bx += lm[j] * sx[j]
+        determinant = aa * bb - ab * ab
+        if determinant > ZERO:
+            scale = (bb * ax - ab * bx) / determinant
+            minimum = (ab * ax - aa * bx) / determinant
+            if scale > ZERO and minimum > ZERO:
+                D[g] = stored(scale, unit[g])
+                DM[g] = stored(minimum, unit[g])
+        elif aa > ZERO and bb == ZERO and ax > ZERO:
+            D[g] = stored(ax / aa, unit[g])
+
+
+@kernel
+def _descend_symmetric(bottom, top, sll, sxl, ls, unit, D):
+    """Codes fixed, improve the stored numbers: per sub-block the best scale, then the best D of all."""
+    subs = ls.shape[0] // GROUP
+    for g in range(GROUP):
+        aa, ax = ZERO, ZERO
+        for s in range(subs):
+            j = s * GROUP + g
+            if sll[j] > ZERO and D[g] != ZERO:
+                level = np.rint(sxl[j] / sll[j] / D[g])
+                level = level if level > bottom else bottom
+                ls[j] = level if level < top else top
+            aa += ls[j] * ls[j] * sll[j]
+            ax += ls[j] * sxl[j]
+        if aa > ZERO:
+            D[g] = stored(ax / aa, unit[g])
+
+
+@kernel
+def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, mins, d, dmin):
+    """Choose everything a block of Q2_K, Q4_K or Q5_K stores: w ~ d scale q - dmin min.
+
+    x float32 [blocks, 256]; w float32 [blocks of a row, 256], the importance; sub: 16 or 32; high: largest code;
+    top: largest scale and min; tries, deltas: float32, the roundings to try. Out: codes uint8 [blocks, 256];
+    scales, mins uint8 [blocks, 256 / sub]; d, dmin uint16 [blocks], bits of half floats.
+    """
+    subs = 256 // sub
+    lanes = subs * GROUP
+    X = np.empty((sub, lanes), np.float32)
+    W = np.empty((sub, lanes), np.float32)
+    Q = np.empty((sub, lanes), np.uint8)
+    A = np.empty((10, lanes), np.float32)
+    B = np.empty((11, lanes), np.float32)
+    S, M, E, sl, sll, sxl, N = B[0], B[1], B[2], B[3], B[4], B[5], B[6]
+    ls, lm, best_ls, best_lm = B[7], B[8], B[9], B[10]
+    sw, sx = A[2], A[3]
+    C = np.empty((6, GROUP), np.float32)
+    unit, D, DM, best, best_D, best_DM = C[0], C[1], C[2], C[3], C[4], C[5]
+    for first in range(0, x.shape[0], GROUP):
+        load(x, w, first, sub, X, W, unit)
+        search_affine(X, W, high, False, tries, refinements, S, M, A)
+        for j in range(lanes):
+            N[j] = -M[j]
+        _level_scale(S, sw, ZERO, top, deltas, unit, D)
+        _level_scale(N, sw, ZERO, top, deltas, unit, DM)
+        _levels(S, D, ZERO, top, ls)
+        _levels(N, DM, ZERO, top, lm)
+        best[:] = INFINITY
+        for r in range(ROUNDS + 1):
+            for s in range(subs):
+                for g in range(GROUP):
+                    S[s * GROUP + g] = D[g] * ls[s * GROUP + g]
+                    M[s * GROUP + g] = -(DM[g] * lm[s * GROUP + g])
+            measure(X, W, ZERO, high, S, M, E, sl, sll, sxl)
+            for g in range(GROUP):
+                total = ZERO
+                for s in range(subs):
+                    total += E[s * GROUP + g]
+                if total < best[g]:
+                    best[g], best_D[g], best_DM[g] = total, D[g], DM[g]
+                    for s in range(subs):
+                        best_ls[s * GROUP + g] = ls[s * GROUP + g]
+                        best_lm[s * GROUP + g] = lm[s * GROUP + g]
+            if r < ROUNDS:
+                _descend_affine(top, sw, sx, sl, sll, sxl, S, ls, lm, unit, D, DM)
+        for s in range(subs):
+            for g in range(GROUP):
+                S[s * GROUP + g] = best_D[g] * best_ls[s * GROUP + g]
+                M[s * GROUP + g] = -(best_DM[g] * best_lm[s * GROUP + g])
+        assign(X, first, ZERO, high, S, M, unit, Q, codes)
+        for g in range(min(GROUP, x.shape[0] - first)):
+            d[first + g] = half(best_D[g] / unit[g])
+            dmin[first + g] = half(best_DM[g] / unit[g])
+            for s in range(subs):
+                scales[first + g, s] = np.uint8(best_ls[s * GROUP + g])
+                mins[first + g, s] = np.uint8(best_lm[s * GROUP + g])
+
+
+@kernel
+def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, codes, scales, d):
+    """Choose everything a block of Q3_K or Q6_K stores: w ~ d scale q with q in low..high and scale in bottom..top.
+
+    As fit_affine; scales int8 [blocks, 16] (sub-blocks of 16); codes are stored less `low`, so from 0.
+    """
+    lanes = 16 * GROUP
+    X = np.empty((16, lanes), np.float32)
+    W = np.empty((16, lanes), np.float32)
+    Q = np.empty((16, lanes), np.uint8)
+    A = np.empty((5, lanes), np.float32)
+    B = np.empty((9, lanes), np.float32)
+    S, M, E, sl, sll, sxl, ls, best_ls, sw = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
+    M[:] = ZERO
+    C = np.empty((4, GROUP), np.float32)
+    unit, D, best, best_D = C[0], C[1], C[2], C[3]
+    for first in range(0, x.shape[0], GROUP):
+        load(x, w, first, 16, X, W, unit)
+        search_symmetric(X, W, low, high, tries, refinements, S, A)
+        sw[:] = ZERO
+        for i in range(16):
+            for j in range(lanes):
+                sw[j] += W[i, j]
+        _level_scale(S, sw, bottom, top, deltas, unit, D)
+        _levels(S, D, bottom, top, ls)
+        best[:] = INFINITY
+        for r in range(ROUNDS + 1):
+            for s in range(16):
+                for g in range(GROUP):
+                    S[s * GROUP + g] = D[g] * ls[s * GROUP + g]
+            measure(X, W, low, high, S, M, E, sl, sll, sxl)
+            for g in range(GROUP):
+                total = ZERO
+                for s in range(16):
+                    total += E[s * GROUP + g]
+                if total < best[g]:
+                    best[g], best_D[g] = total, D[g]
+                    for s in range(16):
+                        best_ls[s * GROUP + g] = ls[s * GROUP + g]
+            if r < ROUNDS:
+                _descend_symmetric(bottom, top, sll, sxl, ls, unit, D)
+        for s in range(16):
+            for g in range(GROUP):
+                S[s * GROUP + g] = best_D[g] * best_ls[s * GROUP + g]
+        assign(X, first, low, high, S, M, unit, Q, codes)
+        for g in range(min(GROUP, x.shape[0] - first)):
+            d[first + g] = half(best_D[g] / unit[g])
+            for s in range(16):
+                scales[first + g, s] = np.int8(best_ls[s * GROUP + g])
 
 
 @kernel
@@ -191,3 +429,32 @@ def decode_q6_k(data, half, out):
                 code = np.int32(np.uint8(data[b, low + k] >> shift) & np.uint8(15))
                 two = np.int32(np.uint8(data[b, high + k] >> upper) & np.uint8(3))
                 out[b, 16 * s + k] = scale * np.float32(code + two * np.int32(16) - np.int32(32))
+
+
+def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+    """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
+    plan = plan_of(name, level)
+    w = np.ones((1, 256), np.float32) if w is None else w
+    codes = np.empty(x.shape, np.uint8)
+    d, m = np.empty((2, x.shape[0]), np.uint16)
+    low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))
+    search = np.array(plan.tries, np.float32), plan.refinements, np.array(plan.deltas, np.float32)
+    if plan.affine:
+        scales, mins = np.empty((2, x.shape[0], 256 // plan.sub), np.uint8)
+        fit_affine(x, w, plan.sub, high, top, *search, codes, scales, mins, d, m)
+        if name == "Q2_K":
+            pack_q2_k(codes, scales, mins, d, m, out)
+        else:
+            pack_q45_k(codes, scales, mins, d, m, name == "Q5_K", out)
+    else:
+        levels = np.empty((x.shape[0], 16), np.int8)
+        fit_symmetric(x, w, low, high, bottom, top, *search, codes, levels, d)
+        (pack_q3_k if name == "Q3_K" else pack_q6_k)(codes, levels, d, out)
+
+
+def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` float32 [blocks, 256] from uint8 data [blocks, block_bytes]."""
+    if name in ("Q4_K", "Q5_K"):
+        decode_q45_k(data, half_table(), name == "Q5_K", out)
+    else:
+        {"Q2_K": decode_q2_k, "Q3_K": decode_q3_k, "Q6_K": decode_q6_k}[name](data, half_table(), out)

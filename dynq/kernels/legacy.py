@@ -8,12 +8,155 @@ Half floats are little-endian; byte k of a nibble field holds weight k below and
     Q5_1  24 bytes   d f16 | m f16 | fifth bits | nibble pairs                 w = d q + m
     Q8_0  34 bytes   d f16 | 32 x int8                                         w = d q
 
+Without importance the range of a block, or its largest weight, decides the scale, as llama.cpp has it; with importance,
+and on level `search`, scales are searched (dynq.kernels.fit).
+
 Source: block_q4_0 to block_q8_0 in llama.cpp's ggml-common.h. Decoding multiplies and adds in gguf-py's order.
 """
 
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels.fit import INFINITY, ONE, ROUNDS, ZERO, assign, load, measure, search_affine, search_symmetric, stored
+from dynq.kernels.floats import half, half_table, single
+from dynq.kernels.plans import plan_of
+
+LANES = 64  # blocks side by side
+
+
+@kernel
+def _range(x, b):
+    """Smallest and largest of the 32 weights of block b, by integers of the same order: such a reduction vectorises."""
+    lowest, highest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(32):
+        bits = np.float32(x[b, i]).view(np.int32)
+        key = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        lowest = key if key < lowest else lowest
+        highest = key if key > highest else highest
+    lowest = np.int32(lowest ^ np.int32(np.int32(lowest >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    highest = np.int32(highest ^ np.int32(np.int32(highest >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return lowest.view(np.float32), highest.view(np.float32)
+
+
+@kernel
+def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
+    """Choose everything a block of Q4_1 or Q5_1 stores: w ~ d q + m.
+
+    x float32 [blocks, 32]; w float32 [blocks of a row, 32]. Out: codes uint8 [blocks, 32]; d, m uint16 [blocks].
+    """
+    X = np.empty((32, LANES), np.float32)
+    W = np.empty((32, LANES), np.float32)
+    Q = np.empty((32, LANES), np.uint8)
+    A = np.empty((10, LANES), np.float32)
+    B = np.empty((10, LANES), np.float32)
+    S, M, E, sl, sll, sxl, unit, best, best_S, best_M = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8], B[9]
+    sw, sx = A[2], A[3]
+    for first in range(0, x.shape[0], LANES):
+        load(x, w, first, 32, X, W, unit)
+        search_affine(X, W, high, True, tries, refinements, S, M, A)
+        best[:] = INFINITY
+        for _ in range(ROUNDS + 1):
+            for j in range(LANES):
+                S[j] = stored(S[j], unit[j])
+                M[j] = stored(M[j], unit[j])
+            measure(X, W, ZERO, high, S, M, E, sl, sll, sxl)
+            for j in range(LANES):
+                if E[j] < best[j]:
+                    best[j], best_S[j], best_M[j] = E[j], S[j], M[j]
+                determinant = sw[j] * sll[j] - sl[j] * sl[j]
+                if determinant > ZERO:
+                    S[j] = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant
+                    M[j] = (sll[j] * sx[j] - sl[j] * sxl[j]) / determinant
+        assign(X, first, ZERO, high, best_S, best_M, unit, Q, codes)
+        for j in range(min(LANES, x.shape[0] - first)):
+            d[first + j] = half(best_S[j] / unit[j])
+            m[first + j] = half(best_M[j] / unit[j])
+
+
+@kernel
+def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
+    """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine."""
+    X = np.empty((32, LANES), np.float32)
+    W = np.empty((32, LANES), np.float32)
+    Q = np.empty((32, LANES), np.uint8)
+    A = np.empty((5, LANES), np.float32)
+    B = np.empty((9, LANES), np.float32)
+    S, M, E, sl, sll, sxl, unit, best, best_S = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
+    M[:] = ZERO
+    for first in range(0, x.shape[0], LANES):
+        load(x, w, first, 32, X, W, unit)
+        search_symmetric(X, W, low, high, tries, refinements, S, A)
+        best[:] = INFINITY
+        for _ in range(ROUNDS + 1):
+            for j in range(LANES):
+                S[j] = stored(S[j], unit[j])
+            measure(X, W, low, high, S, M, E, sl, sll, sxl)
+            for j in range(LANES):
+                if E[j] < best[j]:
+                    best[j], best_S[j] = E[j], S[j]
+                if sll[j] > ZERO:
+                    S[j] = sxl[j] / sll[j]
+        assign(X, first, low, high, best_S, M, unit, Q, codes)
+        for j in range(min(LANES, x.shape[0] - first)):
+            d[first + j] = half(best_S[j] / unit[j])
+
+
+@kernel
+def round_symmetric(x, low, high, upward, codes, d):
+    """Send the largest |w| of each block to `low` and round: Q4_0 and Q5_0 without importance, as llama.cpp does.
+
+    With `upward` its magnitude is sent to `high`, so that both signs fit: Q8_0.
+
+    x float32 [blocks, 32]. Out: codes uint8 [blocks, 32], less `low`; d uint16 [blocks].
+    """
+    A = np.empty((3, LANES), np.float32)
+    lowest, highest, inverse = A[0], A[1], A[2]
+    for first in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - first)
+        for j in range(count):
+            lowest[j], highest[j] = _range(x, first + j)
+            if -lowest[j] == highest[j] > ZERO:  # both signs: follow the first, as llama.cpp does
+                i = 0
+                while abs(x[first + j, i]) != highest[j]:
+                    i += 1
+                if x[first + j, i] > ZERO:
+                    lowest[j] = ZERO
+        for j in range(count):
+            largest = highest[j] if highest[j] > -lowest[j] else lowest[j]
+            bits = half(abs(largest) / high if upward else largest / low)
+            d[first + j] = bits
+            scale = single(bits)
+            inverse[j] = ONE / scale if scale != ZERO else ZERO
+        for j in range(count):
+            for i in range(32):
+                q = np.rint(x[first + j, i] * inverse[j])
+                q = q if q > low else low
+                q = q if q < high else high
+                codes[first + j, i] = np.uint8(np.int32(q - low))
+
+
+@kernel
+def round_affine(x, high, codes, d, m):
+    """Spread each block's range over 0..high and round: Q4_1, Q5_1 without importance. As round_symmetric."""
+    A = np.empty((4, LANES), np.float32)
+    lowest, highest, inverse, offset = A[0], A[1], A[2], A[3]
+    for first in range(0, x.shape[0], LANES):
+        count = min(LANES, x.shape[0] - first)
+        for j in range(count):
+            lowest[j], highest[j] = _range(x, first + j)
+        for j in range(count):
+            bits, start = half(highest[j] / high - lowest[j] / high), half(lowest[j])
+            d[first + j] = bits
+            m[first + j] = start
+            scale = single(bits)
+            offset[j] = single(start)
+            inverse[j] = ONE / scale if scale != ZERO else ZERO
+        for j in range(count):
+            for i in range(32):
+                q = np.rint((x[first + j, i] - offset[j]) * inverse[j])
+                q = q if q > ZERO else ZERO
+                q = q if q < high else high
+                codes[first + j, i] = np.uint8(np.int32(q))
 
 
 @kernel
@@ -49,7 +192,7 @@ def pack_q8_0(codes, d, out):
 
 
 @kernel
-def decode(data, half, affine, five, out):
+def decode_nibbles(data, half, affine, five, out):
     """Blocks uint8 [blocks, bytes] to float32 [blocks, 32]; `half` is the float32 of every half float, by its bits."""
     low = np.int32(0 if affine else (16 if five else 8))
     for b in range(data.shape[0]):
@@ -77,8 +220,39 @@ def decode(data, half, affine, five, out):
 
 @kernel
 def decode_q8_0(data, half, out):
-    """As decode, for Q8_0."""
+    """As decode_nibbles, for Q8_0."""
     for b in range(data.shape[0]):
         d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
         for k in range(32):
             out[b, k] = np.float32(np.int8(data[b, 2 + k])) * d
+
+
+def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+    """Fill `out` [blocks, block_bytes] from float32 x [blocks, 32]; w [blocks of a row, 32] or None."""
+    plan = plan_of(name, level)
+    codes = np.empty(x.shape, np.uint8)
+    d, m = np.empty((2, x.shape[0]), np.uint16)
+    low, high, tries = np.float32(plan.low), np.float32(plan.high), np.array(plan.tries, np.float32)
+    if name == "Q8_0" or (w is None and level == "plain"):
+        if plan.affine:
+            round_affine(x, high, codes, d, m)
+        else:
+            round_symmetric(x, low, high, name == "Q8_0", codes, d)
+    else:
+        w = np.ones((1, 32), np.float32) if w is None else w
+        if plan.affine:
+            fit_block_affine(x, w, high, tries, plan.refinements, codes, d, m)
+        else:
+            fit_block_symmetric(x, w, low, high, tries, plan.refinements, codes, d)
+    if name == "Q8_0":
+        pack_q8_0(codes, d, out)
+    else:
+        pack(codes, d, m, plan.affine, name[1] == "5", out)
+
+
+def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` float32 [blocks, 32] from uint8 data [blocks, block_bytes]."""
+    if name == "Q8_0":
+        decode_q8_0(data, half_table(), out)
+    else:
+        decode_nibbles(data, half_table(), name[3] == "1", name[1] == "5", out)

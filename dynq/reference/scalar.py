@@ -1,99 +1,50 @@
-"""Textbook NumPy encoders and decoders of the block formats: the slow, readable twins of the kernels.
+"""Twins of dynq.kernels.legacy and dynq.kernels.kquants: Q4_0 to Q8_0, Q2_K to Q6_K.
 
 Arrays are [blocks, sub-blocks, weights]; what a kernel does for a lane is done here for all blocks at once, in float32
 and in the same order, so the bytes are the same. The bit layouts are drawn in dynq.kernels.legacy and .kquants, the
 method is described in dynq.kernels.fit.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from dynq.kernels.plans import Plan, plan_of
 
 F = np.float32
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a block format is searched. ``w ~ scale * q + offset``, q in low..high; offset 0 unless `affine`.
-
-    width: weights of a block; sub: those that share a scale; bottom, top: range of the stored integer scales (and
-    minima) of a K format; tries: the steps that the range is spread over; refinements: least squares steps after the
-    tries; deltas: the same tries for the super-block's float, as differences from the end of the range.
-    """
-
-    affine: bool
-    width: int
-    sub: int
-    low: int
-    high: int
-    tries: tuple[float, ...]
-    refinements: int
-    bottom: int = 0
-    top: int = 0
-    deltas: tuple[float, ...] = ()
+def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
+    """float32 [blocks, block] to uint8 [blocks, block_bytes]; w float32 like x, the importance, or None."""
+    plan = plan_of(name, level)
+    rounded = name == "Q8_0" or (w is None and level == "plain")
+    w = np.ones(x.shape, F) if w is None else w
+    if plan.width == 256:
+        return np.concatenate(_pack_super(name, *fit_super(x, w, plan)), axis=1)
+    codes, d, m = (round_block if rounded else fit_block)(x, w, plan)
+    if name == "Q8_0":
+        return np.concatenate([_bytes(d), codes ^ np.uint8(128)], axis=1)
+    pairs = codes[:, :16] & 15 | (codes[:, 16:] & 15) << 4
+    fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
+    data = [_bytes(d)] + [_bytes(m)] * plan.affine + [fifth] * (plan.high - plan.low == 31) + [pairs]
+    return np.concatenate(data, axis=1)
 
 
-def _spread(first: float, last: float, count: int) -> tuple[float, ...]:
-    return tuple(np.linspace(first, last, count).tolist())
-
-
-_DELTAS = _spread(-1.2, 1.2, 9)
-# Chosen on normally distributed weights: with 37 tries the error of Q2_K and Q4_K falls by 0.1 to 0.2 % only.
-PLANS = {
-    "Q4_0": Plan(False, 32, 32, -8, 7, _spread(7.0, 9.5, 13), 1),
-    "Q4_1": Plan(True, 32, 32, 0, 15, _spread(14.0, 16.8, 15), 1),
-    "Q5_0": Plan(False, 32, 32, -16, 15, _spread(15.0, 17.5, 13), 1),
-    "Q5_1": Plan(True, 32, 32, 0, 31, _spread(30.0, 33.0, 15), 1),
-    "Q8_0": Plan(False, 32, 32, -128, 127, _spread(128, 128, 1), 0),
-    "Q2_K": Plan(True, 256, 16, 0, 3, _spread(2.1, 3.9, 13), 1, 0, 15, _DELTAS),
-    "Q3_K": Plan(False, 256, 16, -4, 3, _spread(3.0, 5.5, 12), 0, -32, 31, _DELTAS),
-    "Q4_K": Plan(True, 256, 32, 0, 15, _spread(14.0, 16.8, 15), 1, 0, 63, _DELTAS),
-    "Q5_K": Plan(True, 256, 32, 0, 31, _spread(30.0, 33.0, 15), 1, 0, 63, _DELTAS),
-    "Q6_K": Plan(False, 256, 16, -32, 31, _spread(31.0, 34.0, 12), 0, -128, 127, _DELTAS),
-}
-
-
-def encode(weights: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 [rows, n] to uint8 [rows, row_bytes]; importance float32 [n] of mean 1, all above 0."""
-    plan = PLANS[name]
-    rows, n = weights.shape
-    x = weights.reshape(-1, plan.width)
-    w = np.tile(np.ones(n, F) if importance is None else importance, rows).reshape(x.shape)
-    with np.errstate(all="ignore"):
-        if name == "Q8_0":
-            codes, d, _ = round_block(x, w, plan)
-            data = [_bytes(d), codes ^ np.uint8(128)]
-        elif plan.width == 32:
-            fit = round_block if importance is None else fit_block
-            codes, d, m = fit(x, w, plan)
-            pairs = codes[:, :16] & 15 | (codes[:, 16:] & 15) << 4
-            fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-            data = [_bytes(d)] + [_bytes(m)] * plan.affine + [fifth] * (plan.high - plan.low == 31) + [pairs]
-        else:
-            data = _pack_super(name, *fit_super(x, w, plan))
-    return np.concatenate(data, axis=1).reshape(rows, -1)
-
-
-def decode(data: np.ndarray, name: str) -> np.ndarray:
-    """uint8 [rows, row_bytes] to float32 [rows, n]."""
-    plan = PLANS[name]
-    blocks = data.reshape(-1, {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, **_SUPER_BYTES}[name])
-    with np.errstate(all="ignore"):
-        if name == "Q8_0":
-            out = _float(blocks, 0) * blocks[:, 2:].view(np.int8).astype(F)
-        elif plan.width == 32:
-            pairs = blocks[:, -16:]
-            q = np.concatenate([pairs & 15, pairs >> 4], axis=1)
-            if name[1] == "5":
-                fifth = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little")
-                q = q | fifth << 4
-            out = _float(blocks, 0) * (q.astype(F) + F(plan.low))
-            out = out + _float(blocks, 2) if plan.affine else out
-        else:
-            q, scales, mins, d, dmin = _unpack_super(name, blocks)
-            out = (d * scales)[:, :, None] * (q.reshape(len(q), scales.shape[1], -1).astype(F) + F(plan.low))
-            out = out - (dmin * mins)[:, :, None] if plan.affine else out
-    return out.reshape(len(data), -1)
+def decode(name: str, blocks: np.ndarray) -> np.ndarray:
+    """uint8 [blocks, block_bytes] to float32 [blocks, block]."""
+    plan = plan_of(name, "plain")
+    if name == "Q8_0":
+        return _float(blocks, 0) * blocks[:, 2:].view(np.int8).astype(F)
+    if plan.width == 32:
+        pairs = blocks[:, -16:]
+        q = np.concatenate([pairs & 15, pairs >> 4], axis=1)
+        if name[1] == "5":
+            fifth = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little")
+            q = q | fifth << 4
+        out = _float(blocks, 0) * (q.astype(F) + F(plan.low))
+        return out + _float(blocks, 2) if plan.affine else out
+    q, scales, mins, d, dmin = _unpack_super(name, blocks)
+    out = (d * scales)[:, :, None] * (q.reshape(len(q), scales.shape[1], -1).astype(F) + F(plan.low))
+    out = out - (dmin * mins)[:, :, None] if plan.affine else out
+    return out.reshape(len(q), -1)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -308,8 +259,6 @@ def round_block(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, n
 
 
 # --- the layout of super-blocks --------------------------------------------------------------------------------------
-
-_SUPER_BYTES = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
 
 
 def _bytes(halves: np.ndarray) -> np.ndarray:
