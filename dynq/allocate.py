@@ -373,12 +373,13 @@ def _candidates(
         if not found:
             raise DynqError(f"the sensitivity table has no row for {name}; measure the sensitivity again")
         rows = list(found.values())
-        if name in pinned:
-            rows = _pin(name, tensors[name].shape, rows, pinned[name])
-        elif allowed is not None:
+        bound = pinned.get(name, "")
+        if allowed is not None and bound[:1] in ("", "<", ">"):  # a pinned format is the user's own choice
             rows = [row for row in rows if row[0] in allowed]
             if not rows:
                 raise DynqError(f"the profile {profile} allows {name} none of {', '.join(found)}; measure more formats")
+        if bound:
+            rows = _pin(name, tensors[name].shape, rows, bound)
         result[name] = rows
     return result
 

@@ -31,18 +31,19 @@ def quantize(
 ) -> np.ndarray:
     """Encode float32 weights [..., n] as `fmt`: uint8 [..., row_bytes].
 
-    importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; the
-    encoder then minimises sum importance_j (w - what)^2. All zero counts as none being known: all channels weigh the
-    same. On level `plain`
+    importance: float32 [n], at least 0 (an imatrix's mean square of each input channel), the same for all rows; or
+    [experts, n] for weights [experts, rows, n]. The encoder then minimises sum importance_j (w - what)^2. All zero
+    counts as none being known: all channels weigh the same. On level `plain`
     Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search where no importance is given, as llama.cpp does; Q8_0, F16,
     BF16 and F32 never use it. Values beyond the largest half float are stored as that one.
 
     threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
     """
-    if level not in LEVELS:
-        raise DynqError(f"no level {level!r} of encoding; the levels are {' and '.join(LEVELS)}")
+    check_level(level)
     weights = np.asarray(weights)
+    if importance is not None and np.ndim(importance) == 2:
+        return _quantize_experts(weights, fmt, np.asarray(importance), level, threads)
     if weights.ndim == 0:
         raise DynqError("quantize needs an array of at least one dimension, got a scalar")
     n = weights.shape[-1]
@@ -62,6 +63,23 @@ def quantize(
 
     _spread(work, rows.shape, threads)
     return out.reshape(*weights.shape[:-1], size)
+
+
+def check_level(level: str) -> None:
+    """DynqError where there is no such level of encoding."""
+    if level not in LEVELS:
+        raise DynqError(f"no level {level!r} of encoding; the levels are {' and '.join(LEVELS)}")
+
+
+def _quantize_experts(
+    weights: np.ndarray, fmt: str, importance: np.ndarray, level: str, threads: int | None
+) -> np.ndarray:
+    if weights.ndim != 3 or len(weights) != len(importance):
+        raise DynqError(f"importance {importance.shape} of experts does not fit weights {weights.shape}")
+    out = np.empty((*weights.shape[:2], formats.row_bytes(fmt, weights.shape[2])), np.uint8)
+    for expert, (w, own) in enumerate(zip(weights, importance, strict=True)):
+        out[expert] = quantize(w, fmt, own, level=level, threads=threads)
+    return out
 
 
 def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.ndarray:
@@ -85,11 +103,13 @@ def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.
 
 
 def weighted_error(weights: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None = None) -> float:
-    """sum importance_j (w - what)^2 over [..., n], in float64; importance [n], 1 if None.
+    """sum importance_j (w - what)^2 over [..., n], in float64; importance as in `quantize`, 1 if None.
 
     DynqError where shapes differ.
     """
     weights, decoded = np.asarray(weights), np.asarray(decoded)
+    if importance is not None and np.ndim(importance) == 2:
+        return sum(weighted_error(*expert) for expert in zip(weights, decoded, importance, strict=True))
     if weights.shape != decoded.shape or weights.ndim == 0:
         raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} differ in shape")
     n = weights.shape[-1]

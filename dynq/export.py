@@ -37,6 +37,7 @@ def export(
     path: str | Path,
     *,
     imatrix_file: str = "",
+    level: str = "plain",
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Encode every tensor by the recipe and write the GGUF; `path` appears only once it is whole and verified.
@@ -49,6 +50,7 @@ def export(
     Args:
         importance: importance per tensor for the encoders, or None.
         imatrix_file: the name to write as `quantize.imatrix.file`.
+        level: how hard the encoders search, as in `codec.quantize`.
         threads: threads of the encoders; the bytes do not depend on it.
 
     Returns:
@@ -69,7 +71,7 @@ def export(
     with replacing(path, needed) as beside:
         with beside.open("wb") as file:
             file.write(header)
-            for name, _, data in _encoded(checkpoint, recipe.formats, importance, threads, path.name):
+            for name, _, data in _encoded(checkpoint, recipe.formats, importance, level, threads, path.name):
                 digests[name] = hashlib.sha256(data.data).hexdigest()
                 for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
                     whole.update(piece.data)
@@ -88,6 +90,8 @@ def simulate(
     checkpoint: Checkpoint,
     recipe_formats: dict[str, str],
     importance: Importance | None,
+    *,
+    level: str = "plain",
     threads: int | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as a reader of the exported file would see it: (name, float32 array in GGUF's layout).
@@ -95,7 +99,7 @@ def simulate(
     Encodes the same bytes as `export` and decodes them, in memory, one tensor at a time.
     """
     chosen = _formats(checkpoint, recipe_formats)
-    for name, fmt, data in _encoded(checkpoint, chosen, importance, threads, "encode"):
+    for name, fmt, data in _encoded(checkpoint, chosen, importance, level, threads, "encode"):
         yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
 
 
@@ -226,6 +230,7 @@ def _encoded(
     checkpoint: Checkpoint,
     chosen: dict[str, str],
     importance: Importance | None,
+    level: str,
     threads: int | None,
     what: str,
 ) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -233,11 +238,7 @@ def _encoded(
     for name, fmt in progress(chosen.items(), total=len(chosen), desc=what, unit="tensor"):
         weights = checkpoint.read(name)
         mean = importance.mean(name, weights.shape[-1]) if importance is not None else None
-        if mean is not None and mean.ndim == 2:  # experts: each matrix has an importance of its own
-            data = np.stack([codec.quantize(w, fmt, m, threads=threads) for w, m in zip(weights, mean, strict=True)])
-        else:
-            data = codec.quantize(weights, fmt, mean, threads=threads)
-        yield name, fmt, data
+        yield name, fmt, codec.quantize(weights, fmt, mean, level=level, threads=threads)
 
 
 def _verify(

@@ -179,7 +179,9 @@ def prediction_scatter(table: "pyarrow.Table", agreement: Mapping[str, Any]) -> 
         }
         for row in rows
     ]
-    return Picture(figure, html_table(lines, "Swaps that were measured"))
+    medians = [{"kind": kind, "median of predicted / measured": ratio} for kind, ratio in agreement["ratio"].items()]
+    tables = html_table(medians, "Kinds of tensor"), html_table(lines, "Swaps that were measured")
+    return Picture(figure, "".join(tables))
 
 
 # --- 05: the recipe ---------------------------------------------------------------------------------------------------

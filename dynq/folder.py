@@ -119,15 +119,18 @@ class RunFolder:
         split, spec, n_ctx, n_chunks, seed: as `dynq.text.load_text` takes them; model: gives the original, called only
         if the text must be sampled; name: what the user calls `spec`, for messages.
         """
-        from dynq.text import load_text
+        from dynq.text import check_held_out, load_text, text_files
         from dynq.torch_model import load_tokenizer
 
-        sampled = spec in ("", "sampled")
+        files = text_files(spec)
         inputs = {"model": checkpoint.fingerprint}
-        for path in [] if sampled else [Path(part.strip()) for part in spec.split(",")]:
+        for path in files:
             if not path.is_file():
                 raise DynqError(f"{path}: no such file ({name})")
             inputs[str(path)] = content_hash(path)
+        if split == "evaluate":
+            calibrated = self.state["steps"].get("calibrate-text", {}).get("parameters", {})
+            check_held_out(calibrated.get("text", ""), spec)
         file = f"{split}-text.json"
         settings = {name: spec, "n_ctx": n_ctx, "n_chunks": n_chunks, "seed": seed}
         with self.step(f"{split}-text", parameters=settings, inputs=inputs, outputs=[file]) as todo:
@@ -138,7 +141,7 @@ class RunFolder:
                     n_ctx=n_ctx,
                     n_chunks=n_chunks,
                     seed=seed,
-                    model=model() if sampled else None,
+                    model=None if files else model(),
                     split=split,
                 )
                 self.write_json(

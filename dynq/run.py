@@ -153,11 +153,15 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     """
     from pyarrow import Table
 
-    from dynq import formats
+    from dynq import codec, formats
     from dynq.checkpoint import open_checkpoint
     from dynq.export import header_bytes
+    from dynq.text import check_held_out
 
     steps = {task.step: task.parameters for task in tasks}
+    for step in ("sensitivity", *(step for step in steps if step.startswith("export."))):
+        codec.check_level(steps[step]["level"])
+    check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
     names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])
     rows = [

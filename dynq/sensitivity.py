@@ -80,6 +80,7 @@ def sensitivity(
     importance: Importance | None,
     candidates: Iterable[str] = DEFAULT_FORMATS,
     *,
+    level: str = "plain",
     threads: int | None = None,
 ) -> pa.Table:
     """Fill ``sensitivity.parquet`` of a run folder that is calibrated; return the table (columns: `SCHEMA`).
@@ -102,7 +103,7 @@ def sensitivity(
         for row in rows:
             log.write(json.dumps(row) + "\n")
         for name in progress([n for n in names if n not in done], desc="sensitivity", unit="tensor"):
-            new = _tensor_rows(checkpoint, name, fisher, factors, importance, tuple(candidates), threads)
+            new = _tensor_rows(checkpoint, name, fisher, factors, importance, tuple(candidates), level, threads)
             rows += new
             log.write("".join(json.dumps(row) + "\n" for row in new))
             log.flush()
@@ -127,6 +128,7 @@ def _tensor_rows(
     factors: dict[str, float],
     importance: Importance | None,
     candidates: tuple[str, ...],
+    level: str,
     threads: int | None,
 ) -> list[dict[str, Any]]:
     info = checkpoint.tensors[name]
@@ -135,10 +137,13 @@ def _tensor_rows(
     samples = fisher.samples(name)
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
     head_samples = fisher.samples(HEAD) if is_head else None
-    weights = importance.mean(name) if importance else None
+    mean = importance.mean(name, info.row) if importance else None
     rows = []
     for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
-        decoded = codec.dequantize(codec.quantize(weight, fmt, weights, threads=threads), fmt, threads=threads)
+        if mean is None and formats.get(fmt).needs_importance:
+            continue
+        data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
+        decoded = codec.dequantize(data, fmt, threads=threads)
         error = torch.from_numpy(checkpoint.architecture.to_torch(name, decoded)) - torch_weight
         total, spread = 0.0, 0.0
         if name != HEAD:
@@ -157,7 +162,7 @@ def _tensor_rows(
                 "bpw": 8 * size / info.n_weights,
                 "predicted_kld": total / fisher.tokens,
                 "predicted_error": spread / fisher.tokens,
-                "weighted_error": codec.weighted_error(weight, decoded, weights),
+                "weighted_error": codec.weighted_error(weight, decoded, mean),
                 "last": False,
             }
         )
@@ -195,6 +200,7 @@ def measure_swaps(
     reference: kld.Reference,
     importance: Importance | None,
     *,
+    level: str = "plain",
     threads: int | None = None,
 ) -> pa.Table:
     """Store one tensor in one format, run the model, measure: fills ``measured_kld`` of the given rows and saves.
@@ -207,8 +213,9 @@ def measure_swaps(
     for i in progress(todo, desc="measured swaps", unit="swap"):
         name, fmt = table["tensor"][i].as_py(), table["format"][i].as_py()
         weight = checkpoint.read(name)
-        weights = importance.mean(name) if importance else None
-        decoded = codec.dequantize(codec.quantize(weight, fmt, weights, threads=threads), fmt, threads=threads)
+        mean = importance.mean(name, weight.shape[-1]) if importance else None
+        data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
+        decoded = codec.dequantize(data, fmt, threads=threads)
         try:
             set_tensor(model, checkpoint, name, decoded)
             measured[i] = float(kld.measure(model, reference, desc="").kld.mean())

@@ -4,6 +4,7 @@ Chunks are what llama.cpp's tools make of a text: consecutive, none overlapping,
 where the tokenizer adds one (see `compute_imatrix` in its tools/imatrix/imatrix.cpp).
 """
 
+import filecmp
 import hashlib
 import json
 from dataclasses import dataclass
@@ -43,6 +44,26 @@ def prompts(split: str) -> list[Messages]:
     return [entry["messages"] for entry in map(json.loads, lines) if entry["split"] == split]
 
 
+def check_held_out(calibration: str, evaluation: str) -> None:
+    """DynqError where a file of the evaluation text has the contents of one that was calibrated on.
+
+    calibration, evaluation: as `load_text` takes them. What is sampled is held out by its prompts.
+    """
+    pairs = ((a, b) for a in text_files(evaluation) for b in text_files(calibration) if a.is_file() and b.is_file())
+    for path, seen in pairs:
+        if filecmp.cmp(path, seen, shallow=False):
+            raise DynqError(
+                f"{path}: it is calibrated on as well ({seen.name}), so it proves nothing; take another text"
+            )
+
+
+def text_files(spec: str) -> list[Path]:
+    """The files that a `spec` of `load_text` names; none where the text is sampled."""
+    if spec in ("", "sampled"):
+        return []
+    return [Path(spec)] if Path(spec).exists() else [Path(part.strip()) for part in spec.split(",") if part.strip()]
+
+
 def load_text(
     spec: str,
     tokenizer: Any,
@@ -78,9 +99,9 @@ def load_text(
         chunks, source = _sampled_chunks(model, tokenizer, prompts(split), n_ctx, n_chunks, seed)
         source = f"{source} ({split} split), seed {seed}"
     else:
-        paths = [spec] if Path(spec).exists() else [part.strip() for part in spec.split(",") if part.strip()]
-        chunks = _file_chunks([Path(path) for path in paths], tokenizer, n_ctx, n_chunks)
-        source = ", ".join(Path(path).name for path in paths)
+        paths = text_files(spec)
+        chunks = _file_chunks(paths, tokenizer, n_ctx, n_chunks)
+        source = ", ".join(path.name for path in paths)
     tokens = np.array(chunks, dtype=np.int32)
     asked = "" if len(tokens) == n_chunks else f" ({n_chunks} were asked for, the text has no more)"
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes()).hexdigest()

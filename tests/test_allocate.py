@@ -210,6 +210,11 @@ def test_pins_bounds_and_profiles():
     assert run("4.5bpw", pins={"output.weight": "BF16"}).formats["output.weight"] == "BF16"  # not measured, no loss
     arm = run("5bpw", profile="cpu-arm").formats.values()
     assert set(arm) <= {"F32", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16"}
+    bounded = run("5bpw", profile="cpu-arm", pins={"*": ">=Q4_0"}).formats.values()  # a bound keeps to the profile,
+    assert set(bounded) <= {"F32", "Q4_0", "Q5_0", "Q5_1", "Q8_0", "F16"}
+    assert (
+        run("5bpw", profile="cpu-arm", pins={"output.weight": "Q6_K"}).formats["output.weight"] == "Q6_K"
+    )  # a pin may not
 
 
 def test_more_than_the_largest_takes_it_and_says_so():

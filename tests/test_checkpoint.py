@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from dynq.architectures import for_gguf
+from dynq.architectures.rope import Rope
 from dynq.checkpoint import TensorInfo, open_checkpoint
 from dynq.errors import DynqError
 from dynq.export import export
@@ -121,6 +123,26 @@ def test_old_config_is_the_same_model(llama: Path) -> None:
     tokens = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         torch.testing.assert_close(load_model(old)(tokens).logits, load_model(new)(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind", "factor"),
+    [
+        ({"scaling.factor": 4.0}, "linear", 4.0),
+        ({"scale_linear": 2.0}, "linear", 2.0),
+        ({"scaling.factor": 1.0}, "default", None),
+    ],
+)
+def test_rope_factor_without_a_type_is_linear(keys: dict, kind: str, factor: float | None) -> None:
+    rope = Rope.from_gguf({f"llama.rope.{key}": value for key, value in keys.items()}, "llama")
+    assert (rope.type, rope.settings.get("factor")) == (kind, factor)
+
+
+def test_partly_rotated_heads_are_refused(llama: Path, tmp_path: Path) -> None:
+    metadata = {**open_checkpoint(llama).metadata, "llama.rope.dimension_count": 4}
+    shapes = {name: info.shape for name, info in open_checkpoint(llama).tensors.items()}
+    with pytest.raises(DynqError, match="rotates 4 of"):
+        for_gguf(metadata, shapes)
 
 
 @pytest.mark.parametrize("fmt", ["F32", "F16", "BF16"])

@@ -89,11 +89,14 @@ def test_sensitivity_map_orders_formats_by_size_and_adds_up():
 
 def test_prediction_scatter_shows_what_was_measured():
     table = sensitivity_table({("blk.0.attn_q.weight", "Q4_K"): 0.02})
-    picture = figures.prediction_scatter(table, {"rank": {"Q4_K": 0.95, "Q2_K": None}, "n": 1})
+    picture = figures.prediction_scatter(
+        table, {"rank": {"Q4_K": 0.95, "Q2_K": None}, "ratio": {"attn_q": 1.25}, "n": 1}
+    )
     assert list(picture.figure.data[0].x) == [0.02]
     assert "Q4_K 0.95" in picture.figure.layout.title.text and "Q2_K" not in picture.figure.layout.title.text
-    assert len(cells(picture)) == 2
-    figures.prediction_scatter(sensitivity_table({}), {"rank": {}, "n": 0})  # nothing measured is no error
+    assert cells(picture)[:2] == [["kind", "median of predicted / measured"], ["attn_q", "1.25"]]
+    assert len(cells(picture)) == 4
+    figures.prediction_scatter(sensitivity_table({}), {"rank": {}, "ratio": {}, "n": 0})  # nothing measured is no error
 
 
 def test_recipe_grid_stands_by_layer_and_kind():

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ARGUMENTS, dynq_command, same_products
+from conftest import ARGUMENTS, same_products
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,8 +41,8 @@ def test_installed_wheel_does_the_main_job(wheel, quick_run, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     python = venv / "bin" / "python"
     (target,) = venv.glob("lib/python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:  # a pure wheel: to install it is to unpack it
-        archive.extractall(target)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
     # The dependencies of this environment, behind the venv's own packages and without this one's editable dynq: a
     # path file inside a folder that a path file adds is not read.
     (target / "zz_dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
@@ -52,6 +52,7 @@ def test_installed_wheel_does_the_main_job(wheel, quick_run, tmp_path):
     done = subprocess.run([python, "-c", where], cwd=elsewhere, capture_output=True, text=True, check=True)
     assert done.stdout.count(str(venv)) == 2
 
-    done = dynq_command(*ARGUMENTS, "--out", "made here", cwd=elsewhere, python=str(python))
+    command = [venv / "bin" / "dynq", *ARGUMENTS, "--out", "made here"]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same_products(quick_run[0], elsewhere / "made here") == []

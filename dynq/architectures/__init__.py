@@ -165,6 +165,10 @@ class Decoder(Architecture):
         heads = get("attention.head_count")
         if "token_embd.weight" not in tensors:
             raise DynqError("the GGUF has no tensor token_embd.weight: it is not a complete model")
+        head_dim = metadata.get(f"{arch}.attention.key_length", get("embedding_length") // heads)
+        rotated = metadata.get(f"{arch}.rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise DynqError(f"the GGUF rotates {rotated} of {head_dim} dimensions of a head: not supported for {arch}")
         ids = {f"{key}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
         return {
             "model_type": cls.model_types[0],
@@ -174,7 +178,7 @@ class Decoder(Architecture):
             "num_hidden_layers": get("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": metadata.get(f"{arch}.attention.head_count_kv", heads),
-            "head_dim": metadata.get(f"{arch}.attention.key_length", get("embedding_length") // heads),
+            "head_dim": head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": get("context_length"),
             "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),

@@ -49,16 +49,20 @@ class Rope:
 
     @classmethod
     def from_gguf(cls, metadata: dict[str, Any], arch: str) -> Rope:
-        """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`."""
+        """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`.
+
+        A factor without a type is a linear one, in older files `rope.scale_linear` (llama.cpp's `load_hparams`).
+        """
 
         def get(key: str) -> Any:
             return metadata.get(f"{arch}.rope.{key}")
 
         theta = float(get("freq_base") or 10000.0)
-        kind = get("scaling.type") or "none"
+        factor = get("scaling.factor") or get("scale_linear")
+        kind = get("scaling.type") or ("linear" if factor not in (None, 0.0, 1.0) else "none")
         if kind == "none":
             return cls(theta)
-        settings: dict[str, Any] = {"factor": get("scaling.factor")}
+        settings: dict[str, Any] = {"factor": factor}
         if kind == "yarn":
             settings["original_max_position_embeddings"] = get("scaling.original_context_length")
             settings |= {name: get(f"scaling.{key}") for name, key in _YARN_KEYS.items()}

@@ -14,8 +14,6 @@ import numpy as np
 from dynq.kernels._jit import kernel
 from dynq.kernels.floats import half, single
 
-ROUNDS = 2  # descents over the stored numbers; dynq.reference does as many
-
 ZERO = np.float32(0)
 ONE = np.float32(1)
 TWO = np.float32(2)

@@ -33,7 +33,6 @@ from dynq.kernels._jit import kernel
 from dynq.kernels.fit import (
     INFINITY,
     ONE,
-    ROUNDS,
     TWO,
     ZERO,
     assign,
@@ -157,7 +156,7 @@ def _descend_symmetric(bottom, top, sll, sxl, ls, unit, D):
 
 
 @kernel
-def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, mins, d, dmin):
+def fit_affine(x, w, sub, high, top, tries, refinements, rounds, deltas, codes, scales, mins, d, dmin):
     """Choose everything a block of Q2_K, Q4_K or Q5_K stores: w ~ d scale q - dmin min.
 
     x float32 [blocks, 256]; w float32 [blocks of a row, 256], the importance; sub: 16 or 32; high: largest code;
@@ -186,7 +185,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, 
         _levels(S, D, ZERO, top, ls)
         _levels(N, DM, ZERO, top, lm)
         best[:] = INFINITY
-        for r in range(ROUNDS + 1):
+        for r in range(rounds + 1):
             for s in range(subs):
                 for g in range(GROUP):
                     S[s * GROUP + g] = D[g] * ls[s * GROUP + g]
@@ -201,7 +200,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, 
                     for s in range(subs):
                         best_ls[s * GROUP + g] = ls[s * GROUP + g]
                         best_lm[s * GROUP + g] = lm[s * GROUP + g]
-            if r < ROUNDS:
+            if r < rounds:
                 _descend_affine(top, sw, sx, sl, sll, sxl, S, ls, lm, unit, D, DM)
         for s in range(subs):
             for g in range(GROUP):
@@ -217,7 +216,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, deltas, codes, scales, 
 
 
 @kernel
-def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, codes, scales, d):
+def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, rounds, deltas, codes, scales, d):
     """Choose everything a block of Q3_K or Q6_K stores: w ~ d scale q with q in low..high and scale in bottom..top.
 
     As fit_affine; scales int8 [blocks, 16] (sub-blocks of 16); codes are stored less `low`, so from 0.
@@ -242,7 +241,7 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, code
         _level_scale(S, sw, bottom, top, deltas, unit, D)
         _levels(S, D, bottom, top, ls)
         best[:] = INFINITY
-        for r in range(ROUNDS + 1):
+        for r in range(rounds + 1):
             for s in range(16):
                 for g in range(GROUP):
                     S[s * GROUP + g] = D[g] * ls[s * GROUP + g]
@@ -255,7 +254,7 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, deltas, code
                     best[g], best_D[g] = total, D[g]
                     for s in range(16):
                         best_ls[s * GROUP + g] = ls[s * GROUP + g]
-            if r < ROUNDS:
+            if r < rounds:
                 _descend_symmetric(bottom, top, sll, sxl, ls, unit, D)
         for s in range(16):
             for g in range(GROUP):
@@ -438,7 +437,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))
-    search = np.array(plan.tries, np.float32), plan.refinements, np.array(plan.deltas, np.float32)
+    search = np.array(plan.tries, np.float32), plan.refinements, plan.rounds, np.array(plan.deltas, np.float32)
     if plan.affine:
         scales, mins = np.empty((2, x.shape[0], 256 // plan.sub), np.uint8)
         fit_affine(x, w, plan.sub, high, top, *search, codes, scales, mins, d, m)

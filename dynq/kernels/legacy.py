@@ -17,7 +17,7 @@ Source: block_q4_0 to block_q8_0 in llama.cpp's ggml-common.h. Decoding multipli
 import numpy as np
 
 from dynq.kernels._jit import kernel
-from dynq.kernels.fit import INFINITY, ONE, ROUNDS, ZERO, assign, load, measure, search_affine, search_symmetric, stored
+from dynq.kernels.fit import INFINITY, ONE, ZERO, assign, load, measure, search_affine, search_symmetric, stored
 from dynq.kernels.floats import half, half_table, single
 from dynq.kernels.plans import plan_of
 
@@ -39,7 +39,7 @@ def _range(x, b):
 
 
 @kernel
-def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
+def fit_block_affine(x, w, high, tries, refinements, rounds, codes, d, m):
     """Choose everything a block of Q4_1 or Q5_1 stores: w ~ d q + m.
 
     x float32 [blocks, 32]; w float32 [blocks of a row, 32]. Out: codes uint8 [blocks, 32]; d, m uint16 [blocks].
@@ -55,7 +55,7 @@ def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
         load(x, w, first, 32, X, W, unit)
         search_affine(X, W, high, True, tries, refinements, S, M, A)
         best[:] = INFINITY
-        for _ in range(ROUNDS + 1):
+        for _ in range(rounds + 1):
             for j in range(LANES):
                 S[j] = stored(S[j], unit[j])
                 M[j] = stored(M[j], unit[j])
@@ -74,7 +74,7 @@ def fit_block_affine(x, w, high, tries, refinements, codes, d, m):
 
 
 @kernel
-def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
+def fit_block_symmetric(x, w, low, high, tries, refinements, rounds, codes, d):
     """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine."""
     X = np.empty((32, LANES), np.float32)
     W = np.empty((32, LANES), np.float32)
@@ -87,7 +87,7 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, codes, d):
         load(x, w, first, 32, X, W, unit)
         search_symmetric(X, W, low, high, tries, refinements, S, A)
         best[:] = INFINITY
-        for _ in range(ROUNDS + 1):
+        for _ in range(rounds + 1):
             for j in range(LANES):
                 S[j] = stored(S[j], unit[j])
             measure(X, W, low, high, S, M, E, sl, sll, sxl)
@@ -241,9 +241,9 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     else:
         w = np.ones((1, 32), np.float32) if w is None else w
         if plan.affine:
-            fit_block_affine(x, w, high, tries, plan.refinements, codes, d, m)
+            fit_block_affine(x, w, high, tries, plan.refinements, plan.rounds, codes, d, m)
         else:
-            fit_block_symmetric(x, w, low, high, tries, plan.refinements, codes, d)
+            fit_block_symmetric(x, w, low, high, tries, plan.refinements, plan.rounds, codes, d)
     if name == "Q8_0":
         pack_q8_0(codes, d, out)
     else:

@@ -11,7 +11,8 @@ class Plan:
 
     width: weights of a block; sub: those that share a scale; bottom, top: range of the stored integer scales (and
     minima) of a K format; tries: the steps that the range is spread over; refinements: least squares steps after the
-    tries; deltas: the same tries for the super-block's float, as differences from the end of the range.
+    tries; deltas: the same tries for the super-block's float, as differences from the end of the range; rounds:
+    descents over the stored numbers.
     """
 
     affine: bool
@@ -24,6 +25,7 @@ class Plan:
     bottom: int = 0
     top: int = 0
     deltas: tuple[float, ...] = ()
+    rounds: int = 2
 
 
 def _spread(first: float, last: float, count: int) -> tuple[float, ...]:

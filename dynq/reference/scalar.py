@@ -147,7 +147,7 @@ def fit_super(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, ...
     ls, lm = _levels(scale, d, plan), _levels(-offset, dm, plan)
     kept = [d, dm, ls, lm]
     best = np.full(len(x), np.inf, F)
-    for r in range(3):
+    for r in range(plan.rounds + 1):
         scale, offset = d[:, None] * ls, -(dm[:, None] * lm)
         shifted = x - offset[..., None]
         q = _round(shifted, scale[..., None], 0, plan.low, plan.high)
@@ -159,7 +159,7 @@ def fit_super(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, ...
             np.where(better if a.ndim == 1 else better[:, None], a, k)
             for a, k in zip((d, dm, ls, lm), kept, strict=True)
         ]
-        if r == 2:
+        if r == plan.rounds:
             break
         sl, sll, sxl = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
         if plan.affine:
@@ -223,7 +223,7 @@ def fit_block(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.
     else:
         scale, offset = search_symmetric(x, w, plan), np.zeros(len(x), F)
     best, kept = np.full(len(x), np.inf, F), (scale, offset)
-    for _ in range(3):
+    for _ in range(plan.rounds + 1):
         scale, offset = _seen(scale, unit), _seen(offset, unit)
         shifted = x - offset[:, None]
         q = _round(shifted, scale[:, None], 0, plan.low, plan.high)

@@ -18,6 +18,8 @@ from conftest import ARGUMENTS, PARAMETERS, TARGET, dynq_command, same_products
 from nbclient import NotebookClient
 
 from dynq import run as runner
+from dynq.folder import content_hash
+from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -104,6 +106,20 @@ def test_live_notebooks_make_the_same_files(quick_run, tmp_path):
         notebook = papermill.parameterize.parameterize_notebook(notebook, own | {"run": str(tmp_path / "live")})
         NotebookClient(notebook, resources={"metadata": {"path": str(NOTEBOOKS)}}, timeout=600).execute()
     assert same_products(quick_run[0], tmp_path / "live") == []
+
+
+def test_quantized_source_and_foreign_imatrix(quick_run, tmp_path):
+    source, imatrix = quick_run[0] / "3.5bpw.gguf", quick_run[0] / "imatrix.gguf"
+    arguments = ["run", source, "--target", "3bpw", "--imatrix", imatrix, *ARGUMENTS[4:], "--out", tmp_path / "run"]
+    done = dynq_command(*arguments)
+    assert done.returncode == 2 and "--allow-requantize" in done.stderr
+    done = dynq_command(*arguments, "--allow-requantize")
+    assert done.returncode == 0, done.stderr
+    assert "The source was quantized already" in done.stdout
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "The source was quantized already" in report and "importance matrix: not dynq's own" in report
+    assert content_hash(imatrix) in report
+    assert read_imatrix(tmp_path / "run" / "imatrix.gguf").sums.keys() == read_imatrix(imatrix).sums.keys()
 
 
 def test_killed_run_goes_on(quick_run, tmp_path):
