@@ -53,11 +53,13 @@ def stored(value, unit):
 
 
 @kernel
-def search_affine(X, W, high, signed, tries, refinements, S, M, A):
+def search_affine(X, W, high, signed, tries, moves, S, M, A):
     """Per lane: scale S and offset M (<= 0 unless `signed`) with x ~ S q + M, q in 0..high. A is scratch [10, lanes].
 
-    Each try spreads the range over ``tries[t]`` steps instead of `high`, rounds, and solves least squares; then
-    `refinements` times the best line so far gives new codes. Least squares' own gain ranks the tries.
+    Each try starts ``tries[t, 1]`` of the range above its lowest weight, spreads the range over ``tries[t, 0]`` steps
+    instead of `high`, rounds, and solves least squares: so weights at both ends may be cut off. Then each move
+    stretches the best line's codes by ``moves[r, 0]``, starts them ``moves[r, 1]`` steps higher, and does the same: (1,
+    0) is a plain refinement. Least squares' own gain ranks them all.
     """
     n, lanes = X.shape
     lowest, spread, sw, sx, best = A[0], A[1], A[2], A[3], A[4]
@@ -80,15 +82,16 @@ def search_affine(X, W, high, signed, tries, refinements, S, M, A):
         S[j] = spread[j] / high
         M[j] = lowest[j]
         best[j] = -INFINITY
-    for t in range(tries.shape[0] + refinements):
+    for t in range(tries.shape[0] + moves.shape[0]):
         if t < tries.shape[0]:
             for j in range(lanes):
-                offset[j] = lowest[j]
-                inverse[j] = tries[t] / spread[j] if spread[j] > ZERO else ZERO
+                offset[j] = lowest[j] + tries[t, 1] * spread[j]
+                inverse[j] = tries[t, 0] / spread[j] if spread[j] > ZERO else ZERO
         else:
+            r = t - tries.shape[0]
             for j in range(lanes):
-                offset[j] = M[j]
-                inverse[j] = ONE / S[j] if S[j] > ZERO else ZERO
+                offset[j] = M[j] + moves[r, 1] * S[j]
+                inverse[j] = moves[r, 0] / S[j] if S[j] > ZERO else ZERO
         for j in range(lanes):
             sl[j] = ZERO
             sll[j] = ZERO
@@ -117,10 +120,10 @@ def search_affine(X, W, high, signed, tries, refinements, S, M, A):
 
 
 @kernel
-def search_symmetric(X, W, low, high, tries, refinements, S, A):
+def search_symmetric(X, W, low, high, tries, moves, S, A):
     """Per lane: scale S with x ~ S q, q in low..high. A is scratch [5, lanes].
 
-    Each try sends the largest |x| to -tries[t], as llama.cpp does.
+    Each try sends the largest |x| to -tries[t, 0], as llama.cpp does; moves are those of search_affine.
     """
     n, lanes = X.shape
     largest, best, sll, sxl, inverse = A[0], A[1], A[2], A[3], A[4]
@@ -131,13 +134,13 @@ def search_symmetric(X, W, low, high, tries, refinements, S, A):
     for i in range(n):
         for j in range(lanes):
             largest[j] = X[i, j] if abs(X[i, j]) > abs(largest[j]) else largest[j]
-    for t in range(tries.shape[0] + refinements):
+    for t in range(tries.shape[0] + moves.shape[0]):
         if t < tries.shape[0]:
             for j in range(lanes):
-                inverse[j] = -tries[t] / largest[j] if largest[j] != ZERO else ZERO
+                inverse[j] = -tries[t, 0] / largest[j] if largest[j] != ZERO else ZERO
         else:
             for j in range(lanes):
-                inverse[j] = ONE / S[j] if S[j] != ZERO else ZERO
+                inverse[j] = moves[t - tries.shape[0], 0] / S[j] if S[j] != ZERO else ZERO
         for j in range(lanes):
             sll[j] = ZERO
             sxl[j] = ZERO

@@ -43,7 +43,7 @@ from dynq.kernels.fit import (
     stored,
 )
 from dynq.kernels.floats import half, half_table
-from dynq.kernels.plans import plan_of
+from dynq.kernels.plans import pairs, plan_of
 
 GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
 
@@ -156,12 +156,12 @@ def _descend_symmetric(bottom, top, sll, sxl, ls, unit, D):
 
 
 @kernel
-def fit_affine(x, w, sub, high, top, tries, refinements, rounds, deltas, codes, scales, mins, d, dmin):
+def fit_affine(x, w, sub, high, top, tries, moves, rounds, deltas, codes, scales, mins, d, dmin):
     """Choose everything a block of Q2_K, Q4_K or Q5_K stores: w ~ d scale q - dmin min.
 
-    x float32 [blocks, 256]; w float32 [blocks of a row, 256], the importance; sub: 16 or 32; high: largest code;
-    top: largest scale and min; tries, deltas: float32, the roundings to try. Out: codes uint8 [blocks, 256];
-    scales, mins uint8 [blocks, 256 / sub]; d, dmin uint16 [blocks], bits of half floats.
+    x float32 [blocks, 256]; w float32 [blocks of a row, 256], the importance; sub: 16 or 32; high: largest code; top:
+    largest scale and min; tries, moves float32 [n, 2], rounds, deltas float32 [n]: those of dynq.kernels.plans. Out:
+    codes uint8 [blocks, 256]; scales, mins uint8 [blocks, 256 / sub]; d, dmin uint16 [blocks], bits of half floats.
     """
     subs = 256 // sub
     lanes = subs * GROUP
@@ -177,7 +177,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, rounds, deltas, codes, 
     unit, D, DM, best, best_D, best_DM = C[0], C[1], C[2], C[3], C[4], C[5]
     for first in range(0, x.shape[0], GROUP):
         load(x, w, first, sub, X, W, unit)
-        search_affine(X, W, high, False, tries, refinements, S, M, A)
+        search_affine(X, W, high, False, tries, moves, S, M, A)
         for j in range(lanes):
             N[j] = -M[j]
         _level_scale(S, sw, ZERO, top, deltas, unit, D)
@@ -216,7 +216,7 @@ def fit_affine(x, w, sub, high, top, tries, refinements, rounds, deltas, codes, 
 
 
 @kernel
-def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, rounds, deltas, codes, scales, d):
+def fit_symmetric(x, w, low, high, bottom, top, tries, moves, rounds, deltas, codes, scales, d):
     """Choose everything a block of Q3_K or Q6_K stores: w ~ d scale q with q in low..high and scale in bottom..top.
 
     As fit_affine; scales int8 [blocks, 16] (sub-blocks of 16); codes are stored less `low`, so from 0.
@@ -233,7 +233,7 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, refinements, rounds, delt
     unit, D, best, best_D = C[0], C[1], C[2], C[3]
     for first in range(0, x.shape[0], GROUP):
         load(x, w, first, 16, X, W, unit)
-        search_symmetric(X, W, low, high, tries, refinements, S, A)
+        search_symmetric(X, W, low, high, tries, moves, S, A)
         sw[:] = ZERO
         for i in range(16):
             for j in range(lanes):
@@ -437,7 +437,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))
-    search = np.array(plan.tries, np.float32), plan.refinements, plan.rounds, np.array(plan.deltas, np.float32)
+    search = pairs(plan.tries), pairs(plan.moves), plan.rounds, np.array(plan.deltas, np.float32)
     if plan.affine:
         scales, mins = np.empty((2, x.shape[0], 256 // plan.sub), np.uint8)
         fit_affine(x, w, plan.sub, high, top, *search, codes, scales, mins, d, m)

@@ -19,7 +19,7 @@ import numpy as np
 from dynq.kernels._jit import kernel
 from dynq.kernels.fit import INFINITY, ONE, ZERO, assign, load, measure, search_affine, search_symmetric, stored
 from dynq.kernels.floats import half, half_table, single
-from dynq.kernels.plans import plan_of
+from dynq.kernels.plans import pairs, plan_of
 
 LANES = 64  # blocks side by side
 
@@ -39,7 +39,7 @@ def _range(x, b):
 
 
 @kernel
-def fit_block_affine(x, w, high, tries, refinements, rounds, codes, d, m):
+def fit_block_affine(x, w, high, tries, moves, rounds, codes, d, m):
     """Choose everything a block of Q4_1 or Q5_1 stores: w ~ d q + m.
 
     x float32 [blocks, 32]; w float32 [blocks of a row, 32]. Out: codes uint8 [blocks, 32]; d, m uint16 [blocks].
@@ -53,7 +53,7 @@ def fit_block_affine(x, w, high, tries, refinements, rounds, codes, d, m):
     sw, sx = A[2], A[3]
     for first in range(0, x.shape[0], LANES):
         load(x, w, first, 32, X, W, unit)
-        search_affine(X, W, high, True, tries, refinements, S, M, A)
+        search_affine(X, W, high, True, tries, moves, S, M, A)
         best[:] = INFINITY
         for _ in range(rounds + 1):
             for j in range(LANES):
@@ -74,7 +74,7 @@ def fit_block_affine(x, w, high, tries, refinements, rounds, codes, d, m):
 
 
 @kernel
-def fit_block_symmetric(x, w, low, high, tries, refinements, rounds, codes, d):
+def fit_block_symmetric(x, w, low, high, tries, moves, rounds, codes, d):
     """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine."""
     X = np.empty((32, LANES), np.float32)
     W = np.empty((32, LANES), np.float32)
@@ -85,7 +85,7 @@ def fit_block_symmetric(x, w, low, high, tries, refinements, rounds, codes, d):
     M[:] = ZERO
     for first in range(0, x.shape[0], LANES):
         load(x, w, first, 32, X, W, unit)
-        search_symmetric(X, W, low, high, tries, refinements, S, A)
+        search_symmetric(X, W, low, high, tries, moves, S, A)
         best[:] = INFINITY
         for _ in range(rounds + 1):
             for j in range(LANES):
@@ -232,7 +232,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     plan = plan_of(name, level)
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
-    low, high, tries = np.float32(plan.low), np.float32(plan.high), np.array(plan.tries, np.float32)
+    low, high = np.float32(plan.low), np.float32(plan.high)
     if name == "Q8_0" or (w is None and level == "plain"):
         if plan.affine:
             round_affine(x, high, codes, d, m)
@@ -240,10 +240,11 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
             round_symmetric(x, low, high, name == "Q8_0", codes, d)
     else:
         w = np.ones((1, 32), np.float32) if w is None else w
+        search = pairs(plan.tries), pairs(plan.moves), plan.rounds
         if plan.affine:
-            fit_block_affine(x, w, high, tries, plan.refinements, plan.rounds, codes, d, m)
+            fit_block_affine(x, w, high, *search, codes, d, m)
         else:
-            fit_block_symmetric(x, w, low, high, tries, plan.refinements, plan.rounds, codes, d)
+            fit_block_symmetric(x, w, low, high, *search, codes, d)
     if name == "Q8_0":
         pack_q8_0(codes, d, out)
     else:

@@ -1,6 +1,6 @@
 """How the scalar block formats are searched: the numbers that kernels and their twins share, by level."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,9 +10,9 @@ class Plan:
     """How a block format is searched. ``w ~ scale * q + offset``, q in low..high; offset 0 unless `affine`.
 
     width: weights of a block; sub: those that share a scale; bottom, top: range of the stored integer scales (and
-    minima) of a K format; tries: the steps that the range is spread over; refinements: least squares steps after the
-    tries; deltas: the same tries for the super-block's float, as differences from the end of the range; rounds:
-    descents over the stored numbers.
+    minima) of a K format; tries: the steps that the range is spread over, and where it starts (parts of the range);
+    moves: how the codes of the best so far are stretched and shifted (by steps); deltas: tries for the super-block's
+    float, as differences from the end of the range of scales; rounds: descents over the stored numbers.
     """
 
     affine: bool
@@ -20,34 +20,64 @@ class Plan:
     sub: int
     low: int
     high: int
-    tries: tuple[float, ...]
-    refinements: int
+    tries: tuple[tuple[float, float], ...]
+    moves: tuple[tuple[float, float], ...] = ((1, 0),)
     bottom: int = 0
     top: int = 0
     deltas: tuple[float, ...] = ()
     rounds: int = 2
 
 
-def _spread(first: float, last: float, count: int) -> tuple[float, ...]:
-    return tuple(np.linspace(first, last, count).tolist())
+def _spread(first: float, last: float, count: int, starts: tuple[float, ...] = (0,)) -> tuple[tuple[float, float], ...]:
+    return tuple((steps, start) for start in starts for steps in np.linspace(first, last, count).tolist())
 
 
-_DELTAS = _spread(-1.2, 1.2, 9)
+_DELTAS = tuple(np.linspace(-1.2, 1.2, 9).tolist())
+_NONE: tuple[tuple[float, float], ...] = ()
 # Chosen on normally distributed weights: with 37 tries the error of Q2_K and Q4_K falls by 0.1 to 0.2 % only.
 PLANS = {
-    "Q4_0": Plan(False, 32, 32, -8, 7, _spread(7.0, 9.5, 13), 1),
-    "Q4_1": Plan(True, 32, 32, 0, 15, _spread(14.0, 16.8, 15), 1),
-    "Q5_0": Plan(False, 32, 32, -16, 15, _spread(15.0, 17.5, 13), 1),
-    "Q5_1": Plan(True, 32, 32, 0, 31, _spread(30.0, 33.0, 15), 1),
-    "Q8_0": Plan(False, 32, 32, -128, 127, _spread(128, 128, 1), 0),
-    "Q2_K": Plan(True, 256, 16, 0, 3, _spread(2.1, 3.9, 13), 1, 0, 15, _DELTAS),
-    "Q3_K": Plan(False, 256, 16, -4, 3, _spread(3.0, 5.5, 12), 0, -32, 31, _DELTAS),
-    "Q4_K": Plan(True, 256, 32, 0, 15, _spread(14.0, 16.8, 15), 1, 0, 63, _DELTAS),
-    "Q5_K": Plan(True, 256, 32, 0, 31, _spread(30.0, 33.0, 15), 1, 0, 63, _DELTAS),
-    "Q6_K": Plan(False, 256, 16, -32, 31, _spread(31.0, 34.0, 12), 0, -128, 127, _DELTAS),
+    "Q4_0": Plan(False, 32, 32, -8, 7, _spread(7.0, 9.5, 13)),
+    "Q4_1": Plan(True, 32, 32, 0, 15, _spread(14.0, 16.8, 15)),
+    "Q5_0": Plan(False, 32, 32, -16, 15, _spread(15.0, 17.5, 13)),
+    "Q5_1": Plan(True, 32, 32, 0, 31, _spread(30.0, 33.0, 15)),
+    "Q8_0": Plan(False, 32, 32, -128, 127, ((128, 0),), _NONE),
+    "Q2_K": Plan(True, 256, 16, 0, 3, _spread(2.1, 3.9, 13), bottom=0, top=15, deltas=_DELTAS),
+    "Q3_K": Plan(False, 256, 16, -4, 3, _spread(3.0, 5.5, 12), _NONE, -32, 31, _DELTAS),
+    "Q4_K": Plan(True, 256, 32, 0, 15, _spread(14.0, 16.8, 15), bottom=0, top=63, deltas=_DELTAS),
+    "Q5_K": Plan(True, 256, 32, 0, 31, _spread(30.0, 33.0, 15), bottom=0, top=63, deltas=_DELTAS),
+    "Q6_K": Plan(False, 256, 16, -32, 31, _spread(31.0, 34.0, 12), _NONE, -128, 127, _DELTAS),
 }
+
+
+def _around(high: int) -> tuple[tuple[float, float], ...]:
+    """Moves that change few codes each: the largest code by up to 0.6 steps, the start by up to half a step."""
+    return tuple((1 + k / high, shift) for k in (-0.6, -0.3, 0, 0.3, 0.6) for shift in (-0.5, -0.25, 0, 0.25, 0.5))
+
+
+def _wider(plan: Plan) -> Plan:
+    """The plan of level `search`: tries that cut off an outlier of little importance, then small moves from the best.
+
+    Chosen on dynq-tiny's tensors with importance of three widths; what else was tried is in LOG.md.
+    """
+    high = plan.high
+    if not plan.affine:
+        end = -plan.low
+        tries = _spread(end - 1, 1.25 * end, 14) + _spread(1.3 * end, 2.2 * end, 10)
+        return replace(plan, tries=tries, moves=tuple((1 + k / (4 * end), 0) for k in (-2, -1, 0, 1, 2)))
+    if high == 3:
+        return replace(plan, tries=_spread(2.2, 4.6, 7, (0, 1 / 12, 2 / 12, 3 / 12)), moves=((1, 0), (1, 0)))
+    cut = _spread(1.05 * high, 1.35 * high, 4, (0.07, 0.14, 0.2))
+    return replace(plan, tries=plan.tries[::2] + cut, moves=_around(high))
+
+
+_SEARCH = {name: plan if name == "Q8_0" else _wider(plan) for name, plan in PLANS.items()}
+
+
+def pairs(values: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """Tries or moves as the kernels take them: float32 [n, 2]."""
+    return np.array(values, np.float32).reshape(-1, 2)
 
 
 def plan_of(name: str, level: str) -> Plan:
     """The plan of a format on a level, `plain` or `search`."""
-    return PLANS[name]
+    return (PLANS if level == "plain" else _SEARCH)[name]

@@ -81,11 +81,13 @@ def search_affine(x: np.ndarray, w: np.ndarray, plan: Plan, signed: bool) -> tup
     spread = x.max(axis=-1) - lowest
     sw, sx = _sum(w), _sum(w * x)
     scale, offset, best = spread / F(plan.high), lowest, np.full(spread.shape, -np.inf, F)
-    for t in range(len(plan.tries) + plan.refinements):
+    for t in range(len(plan.tries) + len(plan.moves)):
         if t < len(plan.tries):
-            start, inverse = lowest, np.where(spread > 0, F(plan.tries[t]) / spread, F(0))
+            steps, at = plan.tries[t]
+            start, inverse = lowest + F(at) * spread, np.where(spread > 0, F(steps) / spread, F(0))
         else:
-            start, inverse = offset, np.where(scale > 0, F(1) / scale, F(0))
+            stretch, shift = plan.moves[t - len(plan.tries)]
+            start, inverse = offset + F(shift) * scale, np.where(scale > 0, F(stretch) / scale, F(0))
         q = np.clip(np.rint((x - start[..., None]) * inverse[..., None]), F(0), F(plan.high))
         sl, sll, sxl = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
         determinant = sw * sll - sl * sl
@@ -103,8 +105,9 @@ def search_symmetric(x: np.ndarray, w: np.ndarray, plan: Plan) -> np.ndarray:
     """Scale of each group [..., sub]; the largest |x| is sent to minus each try."""
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=-1)[..., None], -1)[..., 0]
     scale, best = np.zeros_like(largest), np.zeros_like(largest)
-    for t in range(len(plan.tries) + plan.refinements):
-        over, step = (largest, F(-plan.tries[t])) if t < len(plan.tries) else (scale, F(1))
+    for t in range(len(plan.tries) + len(plan.moves)):
+        tried = t < len(plan.tries)
+        over, step = (largest, F(-plan.tries[t][0])) if tried else (scale, F(plan.moves[t - len(plan.tries)][0]))
         inverse = np.where(over != 0, step / over, F(0))
         q = np.clip(np.rint(x * inverse[..., None]), F(plan.low), F(plan.high))
         sll, sxl = _sum(w * q * q), _sum(w * q * x)
