@@ -57,3 +57,18 @@ def quantize(
     kind = formats.get(name).id
     lib.ggml_quantize_chunk(kind, weights.ctypes.data_as(_FLOATS), out.ctypes.data, 0, rows, n, matrix)
     return out
+
+
+def dequantize(data: np.ndarray, name: str) -> np.ndarray:
+    """`dequantize_row_*` of a block format over uint8 [rows, row_bytes]: float32 [rows, n]."""
+    lib = library()
+    if lib is None:
+        raise DynqError("xllamacpp is not installed; install the extra `engine`")
+    decode = getattr(lib, f"dequantize_row_{name.lower().replace('_k', '_K')}")
+    decode.argtypes = [ctypes.c_void_p, _FLOATS, ctypes.c_int64]
+    decode.restype = None
+    data = np.ascontiguousarray(data)
+    form = formats.get(name)
+    out = np.empty((len(data), data.shape[1] // form.block_bytes * form.block), np.float32)
+    decode(data.ctypes.data, out.ctypes.data_as(_FLOATS), out.size)
+    return out

@@ -1,8 +1,10 @@
-"""Encode and decode speed against llama.cpp's encoders and gguf-py's decoders: python tests/bench/encode.py [--quick]
+"""Speed and error of every format against llama.cpp's encoders and gguf-py's decoders: python tests/bench/encode.py
+
+Columns: plain, speed: llama.cpp's time / ours; error: ours / llama.cpp's, weighted by the importance where there is one;
+search, time: that of `plain` = 1; decode: gguf-py's time / ours.
 
 The rival's encoders come from the same tensor through `ggml_quantize_chunk`, with the same number of threads (rows
-split over threads that release the GIL, as ours are), ours and theirs in turn; the figure is the median. Ratios above
-1 are ours being faster. Error is ours / llama.cpp's, weighted by the importance where there is one.
+split over threads that release the GIL, as ours are), all sides in turn; figures are ratios of medians.
 """
 
 import argparse
@@ -48,44 +50,51 @@ def rival(weights: np.ndarray, name: str, importance: np.ndarray | None, threads
     return out
 
 
+def decoder(name: str) -> Callable[[np.ndarray], Any] | None:
+    """gguf-py's decoder of a format, None where it has none."""
+    kind = GGMLQuantizationType[name]
+    try:
+        quants.dequantize(np.zeros((1, formats.get(name).block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return None
+    return lambda data: quants.dequantize(data, kind)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller tensor, fewer repeats")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256, help="of 4096 weights")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("formats", nargs="*", help="default: all but F32")
     options = parser.parse_args()
-    rows, repeats = (256, 3) if options.quick else (1024, 7)
     rng = np.random.default_rng(0)
-    weights = (rng.standard_t(5, (rows, 4096)) * 0.03).astype(np.float32)
+    weights = (rng.standard_t(5, (options.rows, 4096)) * 0.03).astype(np.float32)
     importance = np.exp(rng.standard_normal(4096)).astype(np.float32)
     names = options.formats or [name for name in formats.FORMATS if name != "F32"]
     seconds, _ = timed(lambda: codec.warmup(names))
-    print(f"kernels ready after {seconds:.1f} s; {rows} x 4096 weights, {options.threads} threads, {repeats} repeats")
-    print("format importance  ours M/s  llama.cpp M/s  ratio   error | decode M/s  gguf-py M/s  ratio")
+    threads = options.threads
+    print(f"kernels ready after {seconds:.1f} s; {options.rows} x 4096 weights, {threads} threads")
+    print("| format | importance | plain, speed | plain, error | search, time | search, error | decode |")
+    print("|---|---|--:|--:|--:|--:|--:|", flush=True)
     for name in names:
-        for columns in (None, importance):
-            (ours, theirs), (data, other) = in_turn(
-                [
-                    lambda: codec.quantize(weights, name, columns, threads=options.threads),  # noqa: B023
-                    lambda: rival(weights, name, columns, options.threads),  # noqa: B023
-                ],
-                repeats,
-            )
-            speeds = [weights.size / t / 1e6 for t in (ours, theirs)]
-            errors = [codec.weighted_error(weights, codec.dequantize(d, name), columns) for d in (data, other)]
-            line = f"{name:6} {'no' if columns is None else 'yes':10} {speeds[0]:9.1f} {speeds[1]:14.1f} "
-            line += f"{theirs / ours:6.2f} {errors[0] / errors[1]:7.4f}"
-            if columns is None:
-                kind = GGMLQuantizationType[name]
-                (ours, theirs), _ = in_turn(
-                    [
-                        lambda: codec.dequantize(data, name, threads=options.threads),  # noqa: B023
-                        lambda: quants.dequantize(data, kind),  # noqa: B023
-                    ],
-                    repeats,
-                )
-                line += f" | {weights.size / ours / 1e6:10.1f} {weights.size / theirs / 1e6:12.1f} {theirs / ours:6.2f}"
-            print(line, flush=True)
+        needs = formats.get(name).needs_importance
+        gguf = decoder(name)
+        for columns in (importance,) if needs else (None, importance):
+            calls = [
+                lambda: rival(weights, name, columns, threads),  # noqa: B023
+                lambda: codec.quantize(weights, name, columns, threads=threads),  # noqa: B023
+                lambda: codec.quantize(weights, name, columns, level="search", threads=threads),  # noqa: B023
+            ]
+            (theirs, plain, search), found = in_turn(calls, options.repeats)
+            decoded = [codec.dequantize(data, name) for data in found]
+            base, *errors = (codec.weighted_error(weights, d, columns) for d in decoded)
+            line = f"| {name} | {'no' if columns is None else 'yes'} | {theirs / plain:.2f} | {errors[0] / base:.4f} "
+            line += f"| {search / plain:.2f} | {errors[1] / base:.4f} |"
+            if gguf and (needs or columns is None):
+                calls = [lambda: gguf(found[1]), lambda: codec.dequantize(found[1], name, threads=threads)]  # noqa: B023
+                (theirs, ours), _ = in_turn(calls, options.repeats)
+                line += f" {theirs / ours:.1f}"
+            print(line + " |", flush=True)
 
 
 if __name__ == "__main__":
