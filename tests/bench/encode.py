@@ -1,7 +1,7 @@
 """Speed and error of every format against llama.cpp's encoders and gguf-py's decoders: python tests/bench/encode.py
 
-Columns: plain, speed: llama.cpp's time / ours; error: ours / llama.cpp's, weighted by the importance where there is one;
-search, time: that of `plain` = 1; decode: gguf-py's time / ours.
+Columns: plain, speed: llama.cpp's time / ours; error: ours / llama.cpp's, weighted by the importance where there is
+one; search, time: that of `plain` = 1; decode: gguf-py's time / ours.
 
 The rival's encoders come from the same tensor through `ggml_quantize_chunk`, with the same number of threads (rows
 split over threads that release the GIL, as ours are), all sides in turn; figures are ratios of medians.
