@@ -229,7 +229,7 @@ def decode_q8_0(data, half, out):
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 32]; w [blocks of a row, 32] or None."""
-    plan = plan_of(name, level)
+    plan = plan_of(name, level, w is not None)
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high = np.float32(plan.low), np.float32(plan.high)

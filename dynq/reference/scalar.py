@@ -14,7 +14,7 @@ F = np.float32
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
     """float32 [blocks, block] to uint8 [blocks, block_bytes]; w float32 like x, the importance, or None."""
-    plan = plan_of(name, level)
+    plan = plan_of(name, level, w is not None)
     rounded = name == "Q8_0" or (w is None and level == "plain")
     w = np.ones(x.shape, F) if w is None else w
     if plan.width == 256:
