@@ -118,7 +118,11 @@ def run(
 
 @app.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the formats that dynq encodes."""
+    """List the formats that dynq encodes.
+
+    The fallback is what llama.cpp takes for rows that do not divide into blocks. Everywhere: llama.cpp's CPU, CUDA,
+    Metal and Vulkan backends.
+    """
     from dynq.formats import FORMATS
 
     rows = [
@@ -129,15 +133,17 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
             "block_bytes": f.block_bytes,
             "needs_importance": f.needs_importance,
             "fallback": f.fallback,
+            "hardware": f.hardware,
         }
         for f in FORMATS.values()
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    print(f"{'format':<8}{'bpw':>8}{'block':>8}{'bytes':>8}  row not divisible by the block")
-    for row in rows:
-        print(f"{row['format']:<8}{row['bpw']:>8.4g}{row['block']:>8}{row['block_bytes']:>8}  {row['fallback'] or ''}")
+    print(f"{'format':<8}{'bpw':>8}{'block':>7}{'bytes':>7}  {'importance':<12}{'fallback':<10}fast in llama.cpp on")
+    for f in FORMATS.values():
+        importance, fallback = "needed" if f.needs_importance else "", f.fallback or ""
+        print(f"{f.name:<8}{f.bpw:>8.4g}{f.block:>7}{f.block_bytes:>7}  {importance:<12}{fallback:<10}{f.hardware}")
 
 
 def _model(text: str) -> str:

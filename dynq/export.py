@@ -179,9 +179,10 @@ def _metadata(
 
 
 def _file_type(fmt: str) -> int:
-    """llama.cpp's number for the mix that is named after a format (Q4_K: Q4_K_M)."""
+    """llama.cpp's number for the mix that is named after a format (Q4_K: Q4_K_M, MXFP4: MXFP4_MOE)."""
     names = gguf.LlamaFileType.__members__
-    return int(next(names[n] for n in (f"MOSTLY_{fmt}", f"MOSTLY_{fmt}_M", "ALL_F32") if n in names))
+    near = (f"MOSTLY_{fmt}", f"MOSTLY_{fmt}_M", f"MOSTLY_{fmt}_MOE", "ALL_F32")
+    return int(next(names[name] for name in near if name in names))
 
 
 def _header(checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 Sizes and identifiers come from gguf's constants; what is stated here is only what gguf does not know: which format
 llama.cpp falls back to when a row does not divide into blocks (``tensor_type_fallback`` in llama.cpp's
-``llama-quant.cpp``), and whether a format may be written without importance.
+``llama-quant.cpp``), whether a format may be written without importance, and where llama.cpp has fast code for it.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,16 @@ from dynq.errors import DynqError
 
 @dataclass(frozen=True)
 class Format:
-    """One GGUF tensor type. ``block`` weights along a row are stored together in ``block_bytes`` bytes."""
+    """One GGUF tensor type. ``block`` weights along a row are stored together in ``block_bytes`` bytes.
+
+    hardware: where llama.cpp multiplies by it fast, and where it does not, in words.
+    """
 
     name: str
     id: int
     block: int
     block_bytes: int
+    hardware: str
     needs_importance: bool = False
     fallback: str | None = None
 
@@ -39,6 +43,29 @@ _FALLBACK = {
     "Q6_K": "Q8_0",
 }
 _NEED_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+# Everywhere is llama.cpp's CPU (x86 and ARM), CUDA, Metal and Vulkan backends, by its sources of late 2026: vec_dot of
+# ggml-cpu and its repack.cpp (rows interleaved at loading, for vector instructions), mmq.cu and mmvq.cu of ggml-cuda,
+# what ggml-metal and ggml-vulkan say they support. IQ1 to IQ3 look their weights up in tables: on an x86 CPU a dot
+# product with them took 2 to 4 times as long as with Q4_K.
+_TABLES = "GPU; slower on CPU (table look-ups)"
+_HARDWARE = {
+    "BF16": "everywhere; on Metal where the GPU has bfloat16",
+    "Q4_0": "everywhere; CPU repacked (AVX2, ARM)",
+    "Q8_0": "everywhere; CPU repacked (ARM)",
+    "Q2_K": "everywhere; CPU repacked (AVX-512)",
+    "Q4_K": "everywhere; CPU repacked (AVX2, ARM)",
+    "Q5_K": "everywhere; CPU repacked (ARM)",
+    "Q6_K": "everywhere; CPU repacked (ARM)",
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), _TABLES),
+    "IQ1_M": "GPU, slower prompts on CUDA; slower on CPU (table look-ups)",
+    "IQ4_NL": "everywhere; CPU repacked (AVX2, ARM)",
+    "TQ1_0": "CPU, Vulkan; not CUDA, Metal",
+    "TQ2_0": "CPU, Metal, Vulkan; not CUDA",
+    "MXFP4": "everywhere; native on Blackwell; CPU repacked (AVX2, ARM)",
+    "NVFP4": "CPU, CUDA (native on Blackwell), Vulkan; not Metal",
+    "Q1_0": "everywhere; CPU repacked (ARM)",
+    "Q2_0": "GPU, ARM CPU; slower on x86 (no vector code)",
+}
 _NAMES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
@@ -49,7 +76,8 @@ _NAMES = (
 def _format(name: str) -> Format:
     kind = GGMLQuantizationType[name]
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return Format(name, int(kind), block, block_bytes, name in _NEED_IMPORTANCE, _FALLBACK.get(name))
+    hardware = _HARDWARE.get(name, "everywhere")
+    return Format(name, int(kind), block, block_bytes, hardware, name in _NEED_IMPORTANCE, _FALLBACK.get(name))
 
 
 # gguf 0.19 does not know Q2_0 yet

@@ -7,6 +7,7 @@ key/value head, and whether there is an importance matrix.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,12 +20,29 @@ if TYPE_CHECKING:
 
 # the format of a tensor that no rule speaks of
 _DEFAULT = {
+    "IQ1_S": "IQ1_S",
+    "IQ1_M": "IQ1_M",
+    "TQ1_0": "TQ1_0",
+    "TQ2_0": "TQ2_0",
+    "Q1_0": "Q1_0",
+    "Q2_0": "Q2_0",
+    "IQ2_XXS": "IQ2_XXS",
+    "IQ2_XS": "IQ2_XS",
+    "IQ2_S": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
     "Q2_K_S": "Q2_K",
     "Q2_K": "Q2_K",
+    "IQ3_XXS": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S",
     "Q3_K_S": "Q3_K",
+    "IQ3_S": "IQ3_S",
+    "IQ3_M": "IQ3_S",
     "Q3_K_M": "Q3_K",
     "Q3_K_L": "Q3_K",
+    "IQ4_XS": "IQ4_XS",
+    "MXFP4_MOE": "MXFP4",
     "Q4_0": "Q4_0",
+    "IQ4_NL": "IQ4_NL",
     "Q4_1": "Q4_1",
     "Q4_K_S": "Q4_K",
     "Q4_K_M": "Q4_K",
@@ -36,11 +54,29 @@ _DEFAULT = {
     "Q8_0": "Q8_0",
     "BF16": "BF16",
     "F16": "F16",
+    "F32": "F32",
 }
-MIXES: tuple[str, ...] = tuple(_DEFAULT)
-"""The names that `mix` knows, as llama-quantize spells them."""
-BASELINES: tuple[str, ...] = tuple(m for m in MIXES if "K" in m or m in ("Q8_0", "F16"))
-"""The mixes a recipe is compared with: the best ones known at their sizes (the older Q4_0 kind is not)."""
+MIXES: tuple[str, ...] = tuple(name for name, fmt in _DEFAULT.items() if fmt in formats.FORMATS)
+"""The names that `mix` knows, as llama-quantize spells them; one whose format gguf does not know is left out."""
+
+BASELINES: tuple[str, ...] = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16"),
+)
+"""The mixes a recipe is compared with, by size: those that no other of at most their size beats.
+
+With an importance matrix KLD falls from each to the next. The rest lie above the line through these and would only
+make it easier to beat: Q2_K_S to Q3_K_L (by a factor of 1.1 to 2.2 in KLD), IQ4_NL, Q4_0 to Q5_1, and the formats for
+models trained in them (TQ1_0, TQ2_0, Q1_0, Q2_0, MXFP4_MOE).
+"""
+# Without one llama-quantize refuses the smallest, and IQ3_S and IQ3_M err more than K mixes of their size.
+_WITHOUT_IMPORTANCE = ("Q2_K", "Q3_K_S", "Q3_K_M", *BASELINES[BASELINES.index("IQ4_XS") :])
+
+# The mixes of one and two bits have rules of their own: what they favour is stored in this format.
+_FAVOURED = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS"), "Q2_K"),
+    **dict.fromkeys(("IQ2_S", "IQ2_M"), "IQ3_S"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,16 +120,43 @@ def _gets_more(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
+def _few_bits(name: str, default: str, kind: str, i: int, model: _Model) -> str:
+    """What the mixes of `_FAVOURED` make of an inner tensor, number i of its kind."""
+    if kind == "attn_v":
+        return "Q4_K" if model.shared >= 4 or model.experts >= 4 else _FAVOURED[name]
+    if kind == "attn_k" and model.experts == 8:
+        return "Q4_K"
+    if kind == "ffn_down" and i < model.layers // 8:
+        return _FAVOURED[name]
+    if kind == "attn_output":
+        more = {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}
+        return "Q5_K" if model.experts == 8 else more.get(name, default)
+    return default
+
+
+def _attn_q_k(name: str, default: str, kind: str, model: _Model) -> str:
+    if kind == "attn_k" and model.experts == 8:
+        return "Q8_0"
+    return {"IQ3_XXS": "IQ2_S", "IQ3_XS": "IQ3_XXS"}.get(name, default)
+
+
+def _ffn_gate_up(name: str, default: str, i: int, n: int) -> str:
+    """The two first feed-forward matrices of layer i of n."""
+    return "IQ3_XXS" if name == "IQ3_XS" and n // 8 <= i < 7 * n // 8 else default
+
+
 def _attn_v(name: str, default: str, i: int, n: int, model: _Model) -> str:
     """Values (and fused qkv), number i of n: small where heads are shared, and dear, so often better stored."""
     fmt = default
     if name == "Q2_K":
         fmt = "Q4_K" if model.shared >= 4 else "Q3_K"
-    elif name == "Q2_K_S" and model.shared >= 4:
+    elif (name in ("Q2_K_S", "IQ3_XXS", "IQ3_XS", "IQ3_S") and model.shared >= 4) or name == "IQ3_M":
         fmt = "Q4_K"
+    elif name == "IQ3_XXS" and not model.has_importance:
+        fmt = "IQ3_S"
     elif name == "Q3_K_M":
         fmt = "Q5_K" if i < 2 else "Q4_K"
-    elif name == "Q3_K_L" or (name == "Q4_K_S" and i < 4):
+    elif name == "Q3_K_L" or (name == "Q4_K_S" and i < 4) or (name in ("IQ4_NL", "IQ4_XS") and model.shared >= 4):
         fmt = "Q5_K"
     elif name in ("Q4_K_M", "Q5_K_M") and _gets_more(i, n):
         fmt = "Q6_K"
@@ -109,6 +172,12 @@ def _ffn_down(name: str, default: str, i: int, n: int, model: _Model) -> str:
         return "Q3_K"
     if name == "Q2_K_S" and early:
         return "Q4_K"
+    if name == "IQ3_XXS" and not model.has_importance:
+        return "Q4_K" if early else "Q3_K"
+    if name == "IQ3_M" and (early or (model.experts == 8 and _gets_more(i, n))):
+        return "Q4_K"
+    if name in ("IQ4_NL", "IQ4_XS") and early and not model.has_importance:
+        return "Q5_K"
     if name == "Q3_K_M":
         return "Q5_K" if i < n // 16 else "Q4_K"
     if name == "Q3_K_L" or (name == "Q4_K_S" and early):
@@ -122,15 +191,24 @@ def _ffn_down(name: str, default: str, i: int, n: int, model: _Model) -> str:
 
 def _attn_output(name: str, default: str, model: _Model) -> str:
     if model.experts == 8:
-        return "Q5_K" if name in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else default
-    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(name, default)
+        few = ("Q2_K", "IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_S", "IQ3_M", "Q3_K_M")
+        return "Q5_K" if name in (*few, "IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M") else default
+    more = {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "IQ3_M": "Q4_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
+    return more.get(name, default)
 
 
-def _output(default: str, row: int) -> str:
+def _output(name: str, default: str, row: int) -> str:
     """The output head, and the embedding where the two are one tensor."""
-    if row % formats.get(default).block:
+    if default in ("Q8_0", "MXFP4") or row % formats.get(default).block:
         return "Q8_0"
-    return default if default == "Q8_0" else "Q6_K"
+    return "Q5_K" if name in _FAVOURED or name == "IQ3_XXS" else "Q6_K"
+
+
+def _token_embd(name: str, default: str) -> str:
+    """The embedding where the output head is another tensor."""
+    if name in ("TQ1_0", "TQ2_0", "Q2_0"):
+        return "Q4_K"
+    return "IQ3_S" if name == "IQ3_XXS" else _FAVOURED.get(name, default)
 
 
 def mix(
@@ -139,10 +217,12 @@ def mix(
     """The format that llama.cpp's mix `name` gives each tensor, in the order of `tensors`, after its row fallbacks.
 
     tensors: every tensor of the file; those not quantizable get F32. metadata: the GGUF's key/values (architecture,
-    numbers of layers, heads and experts). Q2_K_S is only made with an importance matrix; here it can be asked for
-    without. Falcon's own rules are left out. DynqError: an unknown name, metadata that lack a number.
+    numbers of layers, heads and experts). has_importance: whether there is an importance matrix. Without one this is
+    what a dry run of llama-quantize shows, also of mixes that it then refuses to write (Q2_K_S, IQ1_S to IQ3_XS).
+    Falcon's own rules are left out. DynqError: an unknown name, metadata that lack a number, a row for which
+    llama-quantize has no fallback (Q1_0).
     """
-    if name not in _DEFAULT:
+    if name not in MIXES:
         raise DynqError(f"no mix {name!r}; llama.cpp's mixes are {', '.join(MIXES)}")
     default = _DEFAULT[name]
     model = _Model.of(metadata, has_importance)
@@ -151,25 +231,35 @@ def mix(
 
     # Places are counted in libllama's order of tensors: by layer, then by name.
     quantizable = sorted((t for t in tensors.values() if t.quantizable), key=lambda t: (_layer(t), t.name))
-    n_values = sum(_is_values(t.kind) for t in quantizable)
-    values = downs = 0
+    n_values = sum(_kind(t) == "attn_v" for t in quantizable)
+    seen: Counter[str] = Counter()
     for tensor in quantizable:
+        kind = _kind(tensor)
+        by_layer = model.experts > 1 and kind.startswith("ffn_") and name not in _FAVOURED
+        i = _layer(tensor) if by_layer else seen[kind]
+        seen[kind] += 1
         fmt = default
-        if default not in ("F16", "BF16"):
-            kind = tensor.kind
-            if kind == "output" or (tied and kind == "token_embd"):
-                fmt = _output(default, tensor.shape[-1])
-            elif _is_values(kind):
-                fmt = _attn_v(name, default, values, n_values, model)
-                values += 1
-            elif kind.startswith("ffn_down"):
-                fmt = _ffn_down(name, default, _layer(tensor) if model.experts > 1 else downs, model.layers, model)
-                downs += 1
-            elif kind == "attn_k" and model.experts == 8:
-                fmt = "Q8_0"
-            elif kind == "attn_output":
-                fmt = _attn_output(name, default, model)
-        result[tensor.name] = formats.usable(fmt, tensor.shape[-1])
+        if default in ("F32", "F16", "BF16"):
+            pass
+        elif kind == "output" or (tied and kind == "token_embd"):
+            fmt = _output(name, default, tensor.row)
+        elif name == "MXFP4_MOE":
+            fmt = "MXFP4" if len(tensor.shape) > 2 and tensor.shape[-3] > 1 else "Q8_0"
+        elif kind == "token_embd":
+            fmt = _token_embd(name, default)
+        elif name in _FAVOURED:
+            fmt = _few_bits(name, default, kind, i, model)
+        elif kind == "attn_v":
+            fmt = _attn_v(name, default, i, n_values, model)
+        elif kind in ("attn_q", "attn_k"):
+            fmt = _attn_q_k(name, default, kind, model)
+        elif kind == "ffn_down":
+            fmt = _ffn_down(name, default, i, model.layers, model)
+        elif kind in ("ffn_gate", "ffn_up"):
+            fmt = _ffn_gate_up(name, default, i, model.layers)
+        elif kind == "attn_output":
+            fmt = _attn_output(name, default, model)
+        result[tensor.name] = _fitting(fmt, tensor)
     return result
 
 
@@ -177,8 +267,19 @@ def _layer(tensor: "TensorInfo") -> int:
     return -1 if tensor.layer is None else tensor.layer
 
 
-def _is_values(kind: str) -> bool:
-    return kind in ("attn_v", "attn_qkv", "attn_kv_b")
+def _kind(tensor: "TensorInfo") -> str:
+    """The kind as the rules see it: fused and latent values are values, experts' matrices are as any others."""
+    if tensor.kind in ("attn_qkv", "attn_kv_b"):
+        return "attn_v"
+    return next((kind for kind in ("ffn_down", "ffn_gate", "ffn_up") if tensor.kind.startswith(kind)), tensor.kind)
+
+
+def _fitting(fmt: str, tensor: "TensorInfo") -> str:
+    """`fmt` or its fallback. llama-quantize knows none for Q1_0, and gives up."""
+    form = formats.get(fmt)
+    if tensor.row % form.block and form.block > 32 and form.fallback is None:
+        raise DynqError(f"{tensor.name}: llama.cpp has no fallback for rows of {tensor.row} weights in {fmt}")
+    return formats.usable(fmt, tensor.row)
 
 
 def mix_bytes(name: str, tensors: "Mapping[str, TensorInfo]", metadata: Mapping[str, Any], has_importance: bool) -> int:
@@ -200,12 +301,12 @@ def neighbours(
 ) -> Neighbours:
     """The largest of BASELINES with at most `tensor_bytes` and the smallest with at least that many.
 
-    Of mixes of the same size the last in BASELINES stands for all. Q2_K_S counts only with an importance matrix.
+    Of mixes of the same size (where rows do not divide into blocks) the last stands for all. Without an importance
+    matrix those that need one do not count, and Q2_K, Q3_K_S and Q3_K_M do.
     """
     by_size = {
         mix_bytes(name, tensors, metadata, has_importance): name
-        for name in BASELINES
-        if has_importance or name != "Q2_K_S"
+        for name in (BASELINES if has_importance else _WITHOUT_IMPORTANCE)
     }
     below = max((size for size in by_size if size <= tensor_bytes), default=None)
     above = min((size for size in by_size if size >= tensor_bytes), default=None)
@@ -227,7 +328,7 @@ def interpolate_kld(tensor_bytes: float, below: tuple[float, float], above: tupl
     (size_a, kld_a), (size_b, kld_b) = sorted((below, above))
     if kld_a <= 0 or kld_b <= 0:
         raise ValueError(f"KLDs of {kld_a} and {kld_b} have no logarithm")
-    if tensor_bytes <= size_a or size_a == size_b:
+    if tensor_bytes <= size_a or size_a == size_b or kld_b >= kld_a:
         return kld_a
     if tensor_bytes >= size_b:
         return kld_b

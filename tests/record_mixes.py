@@ -32,6 +32,7 @@ class Model(NamedTuple):
     embd: int = 256  # row of every matrix but ffn_down
     ff: int = 512  # row of ffn_down
     experts: int = 0
+    shared_expert: bool = False  # a second set of feed-forward matrices in each layer
     bias: bool = False
     fused: bool = False  # attn_qkv instead of three
 
@@ -59,6 +60,9 @@ class Model(NamedTuple):
                 layer["ffn_gate_inp.weight"] = (2, self.embd)
             layer |= {f"ffn_{kind}{suffix}.weight": (*stack, 2, self.embd) for kind in ("gate", "up")}
             layer[f"ffn_down{suffix}.weight"] = (*stack, 2, self.ff)
+            if self.shared_expert:
+                layer |= {f"ffn_{kind}_shexp.weight": (2, self.embd) for kind in ("gate", "up")}
+                layer["ffn_down_shexp.weight"] = (2, self.ff)
             shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
         shapes["output_norm.weight"] = (self.embd,)
         if not self.tied:
@@ -100,6 +104,9 @@ MODELS = {
     "llama, 32 layers, 8 experts": Model("llama", 32, 32, 8, experts=8),
     "llama, 80 layers, 8 experts": Model("llama", 80, 64, 8, experts=8),
     "llama, 9 layers, 4 experts": Model("llama", 9, 8, 4, experts=4),
+    "llama, 9 layers, 2 experts": Model("llama", 9, 8, 4, experts=2),
+    "llama, 16 layers, 2 heads shared": Model("llama", 16, 32, 16),
+    "llama, 6 layers, rows of 128 and 384": Model("llama", 6, 8, 2, embd=128, ff=384),
     "qwen2, 24 layers, 7 heads shared, tied": Model("qwen2", 24, 14, 2, tied=True, bias=True),
     "qwen2, 28 layers, 7 heads shared": Model("qwen2", 28, 28, 4, bias=True),
     "qwen2, 80 layers, 8 heads shared": Model("qwen2", 80, 64, 8, bias=True),
@@ -108,25 +115,31 @@ MODELS = {
     "qwen3, 36 layers, 4 heads shared": Model("qwen3", 36, 32, 8),
     "qwen3, 80 layers, 8 heads shared": Model("qwen3", 80, 64, 8),
     "qwen3moe, 48 layers, 128 experts": Model("qwen3moe", 48, 32, 4, experts=128),
+    "qwen3moe, 8 layers, 8 experts, tied": Model("qwen3moe", 8, 8, 4, tied=True, experts=8),
+    "qwen3moe, 8 layers, 16 experts, rows of 96": Model("qwen3moe", 8, 8, 4, embd=96, ff=96, experts=16),
+    "qwen2moe, 24 layers, 60 experts and a shared one": Model(
+        "qwen2moe", 24, 16, 16, experts=60, shared_expert=True, bias=True
+    ),
     "phi3, 32 layers, fused qkv": Model("phi3", 32, 32, 32, fused=True),
 }
 
 # llama_ftype of include/llama.h
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12}
-FILE_TYPES |= {
-    "Q3_K_L": 13,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "Q2_K_S": 21,
-    "BF16": 32,
-}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11}
+FILE_TYPES |= {"Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18}
+FILE_TYPES |= {"IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25}
+FILE_TYPES |= {"IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32}
+FILE_TYPES |= {"TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41}
 
 
-def dry_run(path: Path, mix: str, has_importance: bool, overrides: str = "") -> dict[str, str]:
-    """Tensor -> type, as libllama would write `path` as `mix`. overrides: the text of a --tensor-type-file."""
+class Decision(NamedTuple):
+    """types: tensor -> type, or None where libllama gives up; needs_importance: whether it does so without a matrix."""
+
+    types: dict[str, str] | None
+    needs_importance: bool
+
+
+def dry_run(path: Path, mix: str, has_importance: bool, overrides: str = "") -> Decision:
+    """How libllama would write `path` as `mix`. overrides: the text of a --tensor-type-file."""
     import llama_cpp
 
     lines: list[str] = []
@@ -156,10 +169,15 @@ def dry_run(path: Path, mix: str, has_importance: bool, overrides: str = "") -> 
     finally:
         llama_cpp.llama_log_set(_silent(), ctypes.c_void_p())
     text = "".join(lines)
+    if failed and "no tensor type fallback" in text:
+        return Decision(None, False)
     if failed:
         raise RuntimeError(f"{path} as {mix}: {text[-500:]}")
     found = re.findall(r"^\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$", text, re.MULTILINE)
-    return {name: (new or old).upper() for name, old, new in found}
+    return Decision(
+        {name: (new or old).upper() for name, old, new in found},
+        "will require an imatrix" in text and not has_importance,
+    )
 
 
 @functools.cache  # libllama keeps the pointer
@@ -182,17 +200,17 @@ def runs(types: dict[str, str]) -> dict[str, str]:
     }
 
 
-def decisions(titles: Iterable[str] = MODELS) -> Iterator[tuple[str, str, bool, dict[str, str]]]:
-    """(model, mix, has_importance, runs of the types) of the models and every mix, from libllama."""
+def decisions(titles: Iterable[str] = MODELS) -> Iterator[tuple[str, str, bool, Decision]]:
+    """(model, mix, has_importance, decision) of the models and every mix, from libllama."""
     with tempfile.TemporaryDirectory() as folder:
         for title in titles:
             model = MODELS[title]
             path = Path(folder) / "model.gguf"
             model.write(path)
             for mix, has_importance in itertools.product(FILE_TYPES, (False, True)):
-                types = dry_run(path, mix, has_importance)
-                assert set(types) == set(model.tensors()), (title, mix)
-                yield title, mix, has_importance, runs(types)
+                found = dry_run(path, mix, has_importance)
+                assert found.types is None or set(found.types) == set(model.tensors()), (title, mix)
+                yield title, mix, has_importance, found
 
 
 def main() -> None:
@@ -201,7 +219,9 @@ def main() -> None:
     record: dict[str, Any] = {"made_with": f"llama-cpp-python {llama_cpp.__version__}", "models": {}}
     for title, mix, has_importance, found in decisions():
         entry = record["models"].setdefault(title, {}).setdefault(mix, {})
-        entry["with importance" if has_importance else "without"] = found
+        entry["with importance" if has_importance else "without"] = found.types and runs(found.types)
+        if found.needs_importance:
+            entry["needs importance"] = True
     for mixes in record["models"].values():
         for entry in mixes.values():
             if entry["with importance"] == entry["without"]:

@@ -38,8 +38,12 @@ def test_formats():
     rows = {row["format"]: row for row in json.loads(done.stdout)}
     assert list(rows) == list(FORMATS)
     assert rows["Q4_K"]["bpw"] == 4.5 and rows["Q4_K"]["fallback"] == "Q5_0"
-    table = dynq_command("formats").stdout.splitlines()
-    assert len(table) == len(FORMATS) + 1
+    assert rows["IQ2_XS"]["needs_importance"] and not rows["IQ3_S"]["needs_importance"]
+    assert all(row["hardware"] for row in rows.values())
+    heading, *table = dynq_command("formats").stdout.splitlines()
+    assert [line.split()[0] for line in table] == list(FORMATS)
+    assert "CPU" in rows["IQ2_XS"]["hardware"] and rows["IQ2_XS"]["hardware"] in table[list(FORMATS).index("IQ2_XS")]
+    assert max(map(len, [heading, *table])) <= 120
 
 
 def test_version():

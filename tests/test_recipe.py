@@ -115,7 +115,7 @@ def test_libllama_follows_tensor_types(tmp_path, title):
     }
     model.write(tmp_path / "model.gguf")
     text = Recipe(formats, "", 0, 0.0, None).to_tensor_types()
-    assert dry_run(tmp_path / "model.gguf", "Q4_K_M", True, text) == formats
+    assert dry_run(tmp_path / "model.gguf", "Q4_K_M", True, text).types == formats
 
 
 def write_gguf(path: Path, recipe: str | None = None, tensors: dict[str, str] | None = None, **split: int) -> None:
