@@ -162,8 +162,7 @@ def _start(X, W, run, share, starts, refinements, sx, sl):
     """Least squares' sums of the best rounding of each sub-block: sx, sl [subs * GROUP], their ratio is its step."""
     A = np.empty((3, LANES), np.float32)
     sw, sxx, step = A[0], A[1], A[2]
-    plus = np.empty((3, LANES), np.float32)
-    minus = np.empty((3, LANES), np.float32)
+    sums = np.empty((2, 3, LANES), np.float32)
     flip = np.empty(LANES, np.bool_)
     B = np.empty((5, sx.shape[0]), np.float32)
     size, tried, new_sx, new_sl, best = B[0], B[1], B[2], B[3], B[4]
@@ -188,11 +187,11 @@ def _start(X, W, run, share, starts, refinements, sx, sl):
         for u in range(sx.shape[0]):
             tried[u] = size[u] * starts[t] if t < starts.shape[0] else sx[u] / sl[u]
         _to_groups(tried, run, step)
-        _round(X, W, step, DELTA, plus)
-        _round(X, W, step, -DELTA, minus)
-        _cheaper(plus[0], minus[0], share, flip)
-        _sum_groups(plus[1], minus[1], flip, run, new_sx)
-        _sum_groups(plus[2], minus[2], flip, run, new_sl)
+        for side in range(2):
+            _round(X, W, step, -DELTA if side else DELTA, sums[side])
+        _cheaper(sums[0, 0], sums[1, 0], share, flip)
+        _sum_groups(sums[0, 1], sums[1, 1], flip, run, new_sx)
+        _sum_groups(sums[0, 2], sums[1, 2], flip, run, new_sl)
         for u in range(sx.shape[0]):
             gain = new_sx[u] / new_sl[u] * new_sx[u]
             better = (gain > best[u]) & (new_sx[u] > ZERO)
@@ -342,8 +341,7 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
     """
     A = np.empty((4, LANES), np.float32)
     heavy, most, step, limit = A[0], A[1], A[2], A[3]
-    plus = np.empty((3, LANES), np.float32)
-    minus = np.empty((3, LANES), np.float32)
+    sums = np.empty((2, 3, LANES), np.float32)
     entry = np.empty((2, LANES), np.uint16)
     flip = np.empty(LANES, np.bool_)
     B = np.empty((6, L.shape[0]), np.float32)
@@ -367,11 +365,11 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
         _to_groups(size, run, step)
         for j in range(LANES):
             limit[j] = MOST / max(step[j] * heavy[j] + most[j], TINY)
-        _nearest(X, W, step, DELTA, limit, book, entry[0], plus)
-        _nearest(X, W, step, -DELTA, limit, book, entry[1], minus)
-        _cheaper(plus[0], minus[0], share, flip)
-        _sum_groups(plus[1], minus[1], flip, run, new_sx)
-        _sum_groups(plus[2], minus[2], flip, run, new_sl)
+        for side in range(2):
+            _nearest(X, W, step, -DELTA if side else DELTA, limit, book, entry[side], sums[side])
+        _cheaper(sums[0, 0], sums[1, 0], share, flip)
+        _sum_groups(sums[0, 1], sums[1, 1], flip, run, new_sx)
+        _sum_groups(sums[0, 2], sums[1, 2], flip, run, new_sl)
         for u in range(L.shape[0]):
             size[u] = size[u] * (size[u] * new_sl[u] - TWO * new_sx[u])
         for s in range(32):
