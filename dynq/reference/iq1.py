@@ -1,13 +1,16 @@
-"""Twins of dynq.kernels.iq1: IQ1_S and IQ1_M, arrays [blocks, groups, weights]. Layout and method are described there."""
+"""Twins of dynq.kernels.iq1 and .iq1_search, where layouts and method are described: IQ1_S and IQ1_M.
+
+Arrays are [blocks, groups, weights in group], or [blocks, sub-blocks] for scales.
+"""
 
 import numpy as np
 from gguf import quants
 
-from dynq.kernels.iq1 import SEARCHES, SHARES, Search
+from dynq.kernels.iq1 import SHARES
+from dynq.kernels.iq1_search import SEARCHES, Search
 from dynq.reference.scalar import _bytes, _float, _seen, _stored, _sum, _unit
 
 F = np.float32
-I = np.int16  # noqa: E741
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
@@ -103,8 +106,8 @@ def _scales(sx: np.ndarray, sl: np.ndarray, search: Search, unit: np.ndarray) ->
     scale, best = np.zeros_like(largest), np.zeros_like(largest)
     for t in range(len(search.ends) + 1):
         inverse = F(search.ends[t]) / largest if t < len(search.ends) else F(1) / scale
-        l = F(2) * _level(step, inverse) + F(1)  # noqa: E741
-        xl, ll = _total(l * sx), _total(l * l * sl)
+        factor = F(2) * _level(step, inverse) + F(1)
+        xl, ll = _total(factor * sx), _total(factor * factor * sl)
         gain = xl / ll * xl
         better = (largest > 0) & (xl > 0) & (gain > best)
         scale, best = np.where(better, xl / ll, scale), np.where(better, gain, best)
@@ -115,14 +118,14 @@ def _scales(sx: np.ndarray, sl: np.ndarray, search: Search, unit: np.ndarray) ->
 def _choose(
     x: np.ndarray, w: np.ndarray, run: int, share: int, d: np.ndarray, level: np.ndarray, neighbours: int
 ) -> tuple[np.ndarray, ...]:
-    """Entries, signs [blocks, 32] and least squares' sums [blocks, subs], each sub-block with the best of its scales."""
-    heavy, most = w.max(axis=2), np.abs(w * x).max(axis=2)
+    """Entries and signs [blocks, 32], least squares' sums [blocks, subs], for the best scale of each sub-block."""
+    sw, swx = _total(w), _total(np.abs(w * x))
     best = np.full(level.shape, np.inf, F)
     kept: list[np.ndarray] = []
     for k in range(-neighbours, neighbours + 1):
         size = d[:, None] * (F(2) * np.clip(level + F(k), F(0), F(7)) + F(1))
         step = np.repeat(size, run, axis=1)
-        limit = F(4095) / np.maximum(step * heavy + most, F(1e-20))
+        limit = F(8 * 4095) / np.maximum(step * sw + swx, F(1e-20))
         entry, sums = [], []
         for delta in (F(0.125), F(-0.125)):
             entry.append(_cheapest(x, w * limit[:, :, None], step[:, :, None], delta))
@@ -145,10 +148,10 @@ def _cheapest(x: np.ndarray, w: np.ndarray, step: np.ndarray, delta: np.float32)
     plus = w * (step * (F(1) + F(2) * delta) - F(2) * x)
     minus = w * (step * (F(1) - F(2) * delta) + F(2) * x)
     cost = np.stack([minus, np.zeros_like(plus), plus], axis=-1)
-    cost = np.minimum(cost - cost.min(axis=-1, keepdims=True), F(4095)).astype(I)
+    cost = np.minimum(cost - cost.min(axis=-1, keepdims=True), F(4095)).astype(np.int16)
     digits = np.indices((3, 3, 3, 3)).reshape(4, 81)
     halves = [sum(cost[:, :, h + i, digits[i]] for i in range(4)) for h in (0, 4)]  # [blocks, 32, 81]
-    found, least = np.zeros(x.shape[:2], int), np.full(x.shape[:2], 32767, I)
+    found, least = np.zeros(x.shape[:2], int), np.full(x.shape[:2], 32767, np.int16)
     place = (_grid().astype(int) + 1).reshape(2048, 2, 4) @ [27, 9, 3, 1]
     for quadruple in range(81):
         members = np.flatnonzero(place[:, 0] == quadruple)
