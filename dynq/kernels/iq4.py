@@ -19,11 +19,12 @@ import numpy as np
 from gguf.quants import IQ4_NL
 
 from dynq.kernels._jit import kernel
-from dynq.kernels.fit import INFINITY, ONE, ROUNDS, ZERO, load, stored
+from dynq.kernels.fit import INFINITY, ONE, ZERO, load, stored
 from dynq.kernels.floats import half, half_table
 
 LANES = 64  # blocks of IQ4_NL side by side
 GROUP = 8  # super-blocks of IQ4_XS side by side
+ROUNDS = 2  # descents over the stored numbers; dynq.reference does as many
 
 LEVELS = np.array(IQ4_NL.kvalues, np.float32)
 LOWEST = LEVELS[0]

@@ -3,8 +3,7 @@
 import numpy as np
 from gguf.quants import IQ4_NL
 
-from dynq.kernels.fit import ROUNDS
-from dynq.kernels.iq4 import ENDS, TRIES
+from dynq.kernels.iq4 import ENDS, ROUNDS, TRIES
 from dynq.reference.scalar import _bytes, _float, _seen, _stored, _sum, _unit
 
 F = np.float32
