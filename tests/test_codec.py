@@ -203,15 +203,20 @@ def test_mistakes_are_named(call, message: str):
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "Q1_0"])
 def test_codes_can_be_replaced(name: str):
-    """Of encoded blocks the steps are read and other codes are written: what an encoder with feedback needs."""
+    """Scales are read from encoded blocks and packed with other codes: what an encoder with feedback needs."""
     family, block = FAMILIES[name], formats.get(name).block
     data = codec.quantize(gaussian(2, 1024), name).reshape(-1, formats.get(name).block_bytes)
     levels = {"IQ": np.array(quants.IQ4_NL.kvalues), "TQ": np.array([-1, 0, 1]), "Q1": np.array([-1, 1])}[name[:2]]
     codes = np.random.default_rng(2).integers(0, len(levels), (len(data), block), dtype=np.uint8)
-    steps = family.steps(name, data)
-    family.write_codes(name, codes, data)
-    expected = np.repeat(steps, block // steps.shape[1], axis=1) * levels[codes].astype(np.float32)
-    np.testing.assert_array_equal(codec.dequantize(data, name), expected)
+    if name.startswith("IQ4"):
+        d, integers = family.unpack_scales(name, data)
+        family.pack(name, codes, integers, d.astype(np.float16).view(np.uint16), data)
+        steps = d[:, None] * np.repeat(integers, 32, axis=1).astype(np.float32)
+    else:
+        d = family.unpack_scales(name, data)
+        family.pack(name, codes, d.astype(np.float16).view(np.uint16), data)
+        steps = d[:, None]
+    np.testing.assert_array_equal(codec.dequantize(data, name), steps * levels[codes].astype(np.float32))
 
 
 def test_search_finds_the_best_ternary_scale():

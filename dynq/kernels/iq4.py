@@ -43,8 +43,12 @@ TRIES = {
     "plain": _spread((-145, -90, 13), (95, 135, 9)),
     "search": _spread((-220, -80, 32), (80, 200, 26)),
 }
-# Where a super-block's scale of largest magnitude is sent: the eight then fall on its integers in other ways.
-ENDS = np.linspace(-33, -24, 37, dtype=np.float32)
+# Where a super-block's scale of largest magnitude is sent: the eight then fall on its integers in other ways. One line
+# for each start of a descent.
+ENDS = {
+    "plain": np.linspace(-33, -24, 36, dtype=np.float32).reshape(1, 36),
+    "search": np.linspace(-33, -18, 60, dtype=np.float32).reshape(4, 15),
+}
 
 
 @kernel
@@ -219,59 +223,63 @@ def share_scale(S, C, ends, unit, D, A):
 
 
 @kernel
-def fit_super_blocks(x, w, tries, codes, scales, d):
+def fit_super_blocks(x, w, tries, ends, codes, integers, d):
     """Choose everything a block of IQ4_XS stores.
 
-    x float32 [blocks, 256]; w float32 [blocks of a row, 256]. Out: codes uint8 [blocks, 256]; scales int8 [blocks, 8],
-    in -32..31; d uint16 [blocks].
+    The descent starts from what share_scale finds among ``ends[p]``, for each p, and the best seen is kept.
+
+    x float32 [blocks, 256]; w float32 [blocks of a row, 256]. Out: codes uint8 [blocks, 256]; integers int8 [blocks,
+    8], -32..31; d uint16 [blocks].
     """
     lanes = 8 * GROUP
     X = np.empty((32, lanes), np.float32)
     W = np.empty((32, lanes), np.float32)
     Q = np.empty((32, lanes), np.uint8)
     A = np.empty((5, lanes), np.float32)
-    B = np.empty((6, lanes), np.float32)
-    S, E, sll, sxl, integers, best_integers = B[0], B[1], B[2], B[3], B[4], B[5]
+    B = np.empty((8, lanes), np.float32)
+    S, C, T, E, sll, sxl, N, best_N = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7]
     G = np.empty((4, GROUP), np.float32)
     unit, D, best, best_D = G[0], G[1], G[2], G[3]
     for first in range(0, x.shape[0], GROUP):
         load(x, w, first, 32, X, W, unit)
-        search_levels(X, W, tries, S, E, A)
-        share_scale(S, E, ENDS, unit, D, A)
+        search_levels(X, W, tries, S, C, A)
         best[:] = INFINITY
-        for _ in range(ROUNDS + 1):
+        for r in range(ends.shape[0] * (ROUNDS + 1)):
+            if r % (ROUNDS + 1) == 0:
+                share_scale(S, C, ends[r // (ROUNDS + 1)], unit, D, A)
+                T[:] = S
             for s in range(8):
                 for g in range(GROUP):
                     j = s * GROUP + g
-                    integers[j] = _integer(S[j], D[g])
-                    S[j] = D[g] * integers[j]
-            measure(X, W, S, E, sll, sxl)
+                    N[j] = _integer(T[j], D[g])
+                    T[j] = D[g] * N[j]
+            measure(X, W, T, E, sll, sxl)
             for g in range(GROUP):
                 total, ss, vs = ZERO, ZERO, ZERO
                 for j in range(g, lanes, GROUP):
                     total += E[j]
-                    ss += integers[j] * integers[j] * sll[j]
-                    vs += integers[j] * sxl[j]
-                    S[j] = sxl[j] / sll[j]
+                    ss += N[j] * N[j] * sll[j]
+                    vs += N[j] * sxl[j]
+                    T[j] = sxl[j] / sll[j]
                 if total < best[g]:
                     best[g], best_D[g] = total, D[g]
                     for j in range(g, lanes, GROUP):
-                        best_integers[j] = integers[j]
+                        best_N[j] = N[j]
                 if ss > ZERO:
                     D[g] = stored(vs / ss, unit[g])
         for s in range(8):
             for g in range(GROUP):
-                S[s * GROUP + g] = best_D[g] * best_integers[s * GROUP + g]
+                S[s * GROUP + g] = best_D[g] * best_N[s * GROUP + g]
         assign(X, first, S, GROUP, Q, codes)
         for g in range(min(GROUP, x.shape[0] - first)):
             d[first + g] = half(best_D[g] / unit[g])
             for s in range(8):
-                scales[first + g, s] = np.int8(best_integers[s * GROUP + g])
+                integers[first + g, s] = np.int8(best_N[s * GROUP + g])
 
 
 @kernel
-def put_codes(codes, at, out):
-    """Write codes uint8 [blocks, block] into the nibbles of blocks uint8 [blocks, block_bytes], from byte `at` on."""
+def pack_codes(codes, at, out):
+    """codes uint8 [blocks, 32 or 256] into the nibbles of blocks uint8 [blocks, block_bytes], from byte `at` on."""
     for b in range(codes.shape[0]):
         for s in range(codes.shape[1] // 32):
             for k in range(16):
@@ -280,78 +288,73 @@ def put_codes(codes, at, out):
 
 
 @kernel
-def put_scales(scales, d, out):
-    """Write what IQ4_XS stores beside its codes: scales int8 [blocks, 8], d uint16 [blocks]."""
-    for b in range(d.shape[0]):
-        out[b, 0] = np.uint8(d[b])
-        out[b, 1] = np.uint8(d[b] >> 8)
+def pack_integers(integers, out):
+    """integers int8 [blocks, 8], -32..31, into blocks of IQ4_XS."""
+    for b in range(integers.shape[0]):
         upper = np.uint32(0)
         for j in range(8):
-            upper |= np.uint32(np.uint32(scales[b, j] + 32) >> np.uint32(4)) << np.uint32(2 * j)
+            upper |= np.uint32(np.uint32(integers[b, j] + 32) >> np.uint32(4)) << np.uint32(2 * j)
         out[b, 2] = np.uint8(upper)
         out[b, 3] = np.uint8(upper >> np.uint32(8))
         for j in range(4):
-            out[b, 4 + j] = np.uint8(((scales[b, 2 * j] + 32) & 15) | (((scales[b, 2 * j + 1] + 32) & 15) << 4))
+            out[b, 4 + j] = np.uint8(((integers[b, 2 * j] + 32) & 15) | (((integers[b, 2 * j + 1] + 32) & 15) << 4))
 
 
 @kernel
-def get_scales(data, half, out):
-    """The scale of each 32 weights, float32 [blocks, 1] of IQ4_NL's blocks or [blocks, 8] of IQ4_XS's.
-
-    `half` is the float32 of every half float, by its bits.
-    """
+def unpack_integers(data, out):
+    """The inverse of pack_integers: uint8 [blocks, 136] to int8 [blocks, 8]."""
     for b in range(data.shape[0]):
-        d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
-        out[b, 0] = d
-        if out.shape[1] == 8:
-            upper = np.uint32(data[b, 2]) | (np.uint32(data[b, 3]) << np.uint32(8))
-            for j in range(8):
-                lower = np.uint32(data[b, 4 + j // 2] >> np.uint8(4 * (j % 2))) & np.uint32(15)
-                s = lower | (((upper >> np.uint32(2 * j)) & np.uint32(3)) << np.uint32(4))
-                out[b, j] = d * np.float32(np.int32(s) - np.int32(32))
+        upper = np.uint32(data[b, 2]) | (np.uint32(data[b, 3]) << np.uint32(8))
+        for j in range(8):
+            lower = np.uint32(data[b, 4 + j // 2] >> np.uint8(4 * (j % 2))) & np.uint32(15)
+            s = lower | (((upper >> np.uint32(2 * j)) & np.uint32(3)) << np.uint32(4))
+            out[b, j] = np.int8(np.int32(s) - np.int32(32))
 
 
 @kernel
-def get_weights(data, scales, at, out):
-    """Weights float32 [blocks, block] from blocks, their scales (get_scales) and the first byte of their nibbles."""
+def unpack_weights(data, d, integers, at, out):
+    """Weights float32 [blocks, 32 or 256] from blocks, their scales (unpack_scales) and their nibbles' first byte."""
     for b in range(data.shape[0]):
-        for s in range(scales.shape[1]):
+        for s in range(integers.shape[1]):
+            step = d[b] * np.float32(integers[b, s])
             for k in range(16):
                 pair = data[b, at + 16 * s + k]
-                out[b, 32 * s + k] = scales[b, s] * LEVELS[pair & np.uint8(15)]
-                out[b, 32 * s + k + 16] = scales[b, s] * LEVELS[pair >> np.uint8(4)]
+                out[b, 32 * s + k] = step * LEVELS[pair & np.uint8(15)]
+                out[b, 32 * s + k + 16] = step * LEVELS[pair >> np.uint8(4)]
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 32 or 256]; w [blocks of a row, ...] or None."""
     w = np.ones((1, x.shape[1]), np.float32) if w is None else w
-    codes, d = np.empty(x.shape, np.uint8), np.empty(len(x), np.uint16)
+    codes, integers, d = np.empty(x.shape, np.uint8), np.empty((len(x), 8), np.int8), np.empty(len(x), np.uint16)
     if name == "IQ4_NL":
         fit_blocks(x, w, TRIES[level], codes, d)
-        out[:, :2] = d[:, None].view(np.uint8)
     else:
-        scales = np.empty((len(x), 8), np.int8)
-        fit_super_blocks(x, w, TRIES[level], codes, scales, d)
-        put_scales(scales, d, out)
-    write_codes(name, codes, out)
+        fit_super_blocks(x, w, TRIES[level], ENDS[level], codes, integers, d)
+    pack(name, codes, integers, d, out)
 
 
 def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` float32 [blocks, 32 or 256] from uint8 data [blocks, block_bytes]."""
-    get_weights(data, steps(name, data), _first(name), out)
+    unpack_weights(data, *unpack_scales(name, data), 2 if name == "IQ4_NL" else 8, out)
 
 
-def steps(name: str, data: np.ndarray) -> np.ndarray:
-    """What the levels of blocks are multiplied with, for each 32 weights: float32 [blocks, 1 or 8]."""
-    out = np.empty((len(data), 1 if name == "IQ4_NL" else 8), np.float32)
-    get_scales(data, half_table(), out)
-    return out
+def pack(name: str, codes: np.ndarray, integers: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` uint8 [blocks, block_bytes] from codes uint8 [blocks, 32 or 256] and scales.
+
+    d: bits of half floats, uint16 [blocks]; integers: int8 [blocks, 8] of IQ4_XS, not looked at for IQ4_NL.
+    """
+    out[:, :2] = d[:, None].view(np.uint8)
+    if name == "IQ4_XS":
+        pack_integers(integers, out)
+    pack_codes(codes, 2 if name == "IQ4_NL" else 8, out)
 
 
-def write_codes(name: str, codes: np.ndarray, data: np.ndarray) -> None:
-    """Put codes uint8 [blocks, block], 0..15, in the place of those that `data` holds; scales stay."""
-    put_codes(codes, _first(name), data)
-
-
-def _first(name: str) -> int:
-    return 2 if name == "IQ4_NL" else 8
+def unpack_scales(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """d float32 [blocks] and integers int8 [blocks, 1 or 8], for 32 weights each: their product is the step."""
+    d = half_table()[np.ascontiguousarray(data[:, :2]).view(np.uint16)[:, 0]]
+    if name == "IQ4_NL":
+        return d, np.ones((len(data), 1), np.int8)
+    integers = np.empty((len(data), 8), np.int8)
+    unpack_integers(data, integers)
+    return d, integers

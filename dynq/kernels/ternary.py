@@ -88,7 +88,7 @@ def iterate_scale(x, v, sums, d):
 
 
 @kernel
-def put_ternary(x, d, codes):
+def round_ternary(x, d, codes):
     """Codes uint8 [blocks, 256] of the levels nearest to x for the scales d."""
     for b in range(x.shape[0]):
         high = single(d[b]) * HALF
@@ -155,7 +155,7 @@ def mean_scale(x, w, codes, d):
 
 
 @kernel
-def _put_trits(codes, b, first, at, width, trits, out):
+def _pack_trits(codes, b, first, at, width, trits, out):
     """One of the three stretches of block b, from byte `at` on."""
     for k in range(width):
         number = np.uint32(0)
@@ -166,17 +166,17 @@ def _put_trits(codes, b, first, at, width, trits, out):
 
 
 @kernel
-def put_codes_tq1_0(codes, out):
-    """Write codes uint8 [blocks, 256], 0..2, into blocks of TQ1_0."""
+def pack_codes_tq1_0(codes, out):
+    """codes uint8 [blocks, 256], 0..2, into blocks of TQ1_0."""
     for b in range(codes.shape[0]):
-        _put_trits(codes, b, 0, 0, 32, 5, out)
-        _put_trits(codes, b, 160, 32, 16, 5, out)
-        _put_trits(codes, b, 240, 48, 4, 4, out)
+        _pack_trits(codes, b, 0, 0, 32, 5, out)
+        _pack_trits(codes, b, 160, 32, 16, 5, out)
+        _pack_trits(codes, b, 240, 48, 4, 4, out)
 
 
 @kernel
-def put_codes_tq2_0(codes, out):
-    """As put_codes_tq1_0, for TQ2_0."""
+def pack_codes_tq2_0(codes, out):
+    """As pack_codes_tq1_0, for TQ2_0."""
     for b in range(codes.shape[0]):
         for h in range(2):
             for k in range(32):
@@ -186,8 +186,8 @@ def put_codes_tq2_0(codes, out):
 
 
 @kernel
-def put_codes_q1_0(codes, out):
-    """As put_codes_tq1_0, for Q1_0: codes uint8 [blocks, 128], 0 or 1."""
+def pack_codes_q1_0(codes, out):
+    """As pack_codes_tq1_0, for Q1_0: codes uint8 [blocks, 128], 0 or 1."""
     for b in range(codes.shape[0]):
         for byte in range(16):
             bits = np.uint8(0)
@@ -198,12 +198,12 @@ def put_codes_q1_0(codes, out):
 
 @kernel
 def decode_tq1_0(data, d, out):
-    """Blocks uint8 [blocks, 54] and their scales float32 [blocks, 1] to float32 [blocks, 256].
+    """Blocks uint8 [blocks, 54] and their scales float32 [blocks] to float32 [blocks, 256].
 
     The three stretches are written out because only literal bounds let the loops over bytes vectorise.
     """
     for b in range(data.shape[0]):
-        scale = d[b, 0]
+        scale = d[b]
         for k in range(32):
             rest = np.uint32(data[b, k])
             for t in range(5):
@@ -228,7 +228,7 @@ def decode_tq1_0(data, d, out):
 def decode_tq2_0(data, d, out):
     """As decode_tq1_0, for TQ2_0."""
     for b in range(data.shape[0]):
-        scale = d[b, 0]
+        scale = d[b]
         for h in range(2):
             for k in range(32):
                 rest = np.int32(data[b, 32 * h + k])
@@ -244,7 +244,7 @@ def decode_q1_0(data, d, out):
         for byte in range(16):
             for k in range(8):
                 bit = np.uint8(data[b, 2 + byte] >> np.uint8(k)) & np.uint8(1)
-                out[b, 8 * byte + k] = d[b, 0] if bit else -d[b, 0]
+                out[b, 8 * byte + k] = d[b] if bit else -d[b]
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
@@ -262,10 +262,8 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
             fill_keys(x, v, keys)
             keys.sort(axis=1)
             best_scale(x, keys, d)
-        put_ternary(x, d, codes)
-    at = _at(name)
-    out[:, at : at + 2] = d[:, None].view(np.uint8)
-    write_codes(name, codes, out)
+        round_ternary(x, d, codes)
+    pack(name, codes, d, out)
 
 
 def integers(w: np.ndarray) -> np.ndarray:
@@ -275,20 +273,20 @@ def integers(w: np.ndarray) -> np.ndarray:
 
 def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` float32 [blocks, block] from uint8 data [blocks, block_bytes]."""
-    {"TQ1_0": decode_tq1_0, "TQ2_0": decode_tq2_0, "Q1_0": decode_q1_0}[name](data, steps(name, data), out)
+    {"TQ1_0": decode_tq1_0, "TQ2_0": decode_tq2_0, "Q1_0": decode_q1_0}[name](data, unpack_scales(name, data), out)
 
 
-def steps(name: str, data: np.ndarray) -> np.ndarray:
-    """What the levels of blocks are multiplied with: float32 [blocks, 1]."""
-    at = _at(name)
-    return half_table()[np.ascontiguousarray(data[:, at : at + 2]).view(np.uint16)]
+def pack(name: str, codes: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` [blocks, block_bytes] from codes uint8 [blocks, block] and d, bits of half floats, uint16 [blocks]."""
+    at = _HALF_AT[name]
+    out[:, at : at + 2] = d[:, None].view(np.uint8)
+    {"TQ1_0": pack_codes_tq1_0, "TQ2_0": pack_codes_tq2_0, "Q1_0": pack_codes_q1_0}[name](codes, out)
 
 
-def write_codes(name: str, codes: np.ndarray, data: np.ndarray) -> None:
-    """Put codes uint8 [blocks, block] in the place of those that `data` holds; scales stay."""
-    {"TQ1_0": put_codes_tq1_0, "TQ2_0": put_codes_tq2_0, "Q1_0": put_codes_q1_0}[name](codes, data)
+def unpack_scales(name: str, data: np.ndarray) -> np.ndarray:
+    """What the levels of each block are multiplied with: float32 [blocks]."""
+    at = _HALF_AT[name]
+    return half_table()[np.ascontiguousarray(data[:, at : at + 2]).view(np.uint16)[:, 0]]
 
 
-def _at(name: str) -> int:
-    """The first byte of a block's half float."""
-    return {"TQ1_0": 52, "TQ2_0": 64, "Q1_0": 0}[name]
+_HALF_AT = {"TQ1_0": 52, "TQ2_0": 64, "Q1_0": 0}  # the first byte of a block's half float

@@ -21,7 +21,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.nda
         scale = fit_blocks(x, w, scale, unit)
         head = [_bytes(_stored(scale[:, 0] / unit))]
     else:
-        d, integers = fit_super_blocks(x, w, scale, curvature, unit)
+        d, integers = fit_super_blocks(x, w, scale, curvature, unit, ENDS[level])
         scale = d[:, None] * integers
         s = (integers + F(32)).astype(np.uint16)
         upper = np.bitwise_or.reduce((s >> 4) << 2 * np.arange(8, dtype=np.uint16), axis=1)
@@ -86,21 +86,22 @@ def fit_blocks(x: np.ndarray, w: np.ndarray, scale: np.ndarray, unit: np.ndarray
 
 
 def fit_super_blocks(
-    x: np.ndarray, w: np.ndarray, scale: np.ndarray, curvature: np.ndarray, unit: np.ndarray
+    x: np.ndarray, w: np.ndarray, first: np.ndarray, curvature: np.ndarray, unit: np.ndarray, starts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The stored floats d [blocks] and integers [blocks, 8] of super-blocks [blocks, 8, 32]."""
-    d = share_scale(scale, curvature, unit)
-    best, kept_d, kept = np.full(len(x), np.inf, F), d, np.zeros_like(scale)
-    for _ in range(ROUNDS + 1):
-        integers = _integers(scale, d)
-        error, sll, sxl = _measure(x, w, d[:, None] * integers)
-        error = _sum(error)
-        better = error < best
-        best, kept_d = np.where(better, error, best), np.where(better, d, kept_d)
-        kept = np.where(better[:, None], integers, kept)
-        ss, vs = _sum(integers * integers * sll), _sum(integers * sxl)
-        d = np.where(ss > 0, _seen(vs / ss, unit), d)
-        scale = sxl / sll
+    best, kept_d, kept = np.full(len(x), np.inf, F), np.zeros(len(x), F), np.zeros_like(first)
+    for ends in starts:
+        d, scale = share_scale(first, curvature, unit, ends), first
+        for _ in range(ROUNDS + 1):
+            integers = _integers(scale, d)
+            error, sll, sxl = _measure(x, w, d[:, None] * integers)
+            error = _sum(error)
+            better = error < best
+            best, kept_d = np.where(better, error, best), np.where(better, d, kept_d)
+            kept = np.where(better[:, None], integers, kept)
+            ss, vs = _sum(integers * integers * sll), _sum(integers * sxl)
+            d = np.where(ss > 0, _seen(vs / ss, unit), d)
+            scale = sxl / sll
     return kept_d, kept
 
 
@@ -108,11 +109,11 @@ def _integers(scale: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(_over(scale, d[:, None])), F(-32), F(31))
 
 
-def share_scale(scale: np.ndarray, curvature: np.ndarray, unit: np.ndarray) -> np.ndarray:
+def share_scale(scale: np.ndarray, curvature: np.ndarray, unit: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """The float of each super-block for the scales [blocks, 8] of its sub-blocks."""
     largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1)[:, None], 1)[:, 0]
     d, best = np.zeros_like(largest), np.zeros_like(largest)
-    for end in ENDS:
+    for end in ends:
         integers = _integers(scale, largest / end)
         ss, vs = _sum(curvature * integers * integers), _sum(curvature * integers * scale)
         better = (ss > 0) & (vs / ss * vs > best)
