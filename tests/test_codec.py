@@ -12,6 +12,7 @@ from safetensors import safe_open
 import dynq
 from dynq import codec, formats
 from dynq.errors import DynqError
+from dynq.kernels import FAMILIES
 
 NAMES = list(formats.FORMATS)
 TINY = Path(dynq.__file__).parent / "data" / "dynq-tiny"
@@ -198,3 +199,33 @@ def test_weighted_error_by_hand():
 def test_mistakes_are_named(call, message: str):
     with pytest.raises(DynqError, match=message):
         call(gaussian(4, 256))
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "Q1_0"])
+def test_codes_can_be_replaced(name: str):
+    """Scales are read from encoded blocks and packed with other codes: what an encoder with feedback needs."""
+    family, block = FAMILIES[name], formats.get(name).block
+    data = codec.quantize(gaussian(2, 1024), name).reshape(-1, formats.get(name).block_bytes)
+    levels = {"IQ": np.array(quants.IQ4_NL.kvalues), "TQ": np.array([-1, 0, 1]), "Q1": np.array([-1, 1])}[name[:2]]
+    codes = np.random.default_rng(2).integers(0, len(levels), (len(data), block), dtype=np.uint8)
+    if name.startswith("IQ4"):
+        d, integers = family.unpack_scales(name, data)
+        family.pack(name, codes, integers, d.astype(np.float16).view(np.uint16), data)
+        steps = d[:, None] * np.repeat(integers, 32, axis=1).astype(np.float32)
+    else:
+        d = family.unpack_scales(name, data)
+        family.pack(name, codes, d.astype(np.float16).view(np.uint16), data)
+        steps = d[:, None]
+    np.testing.assert_array_equal(codec.dequantize(data, name), steps * levels[codes].astype(np.float32))
+
+
+def test_search_finds_the_best_ternary_scale():
+    """Against all scales that some set of largest weights gives, in float64."""
+    weights, importance = gaussian(16, 256, seed=4), np.exp(np.random.default_rng(5).standard_normal(256))
+    order = np.argsort(-np.abs(weights), axis=1)
+    a = np.take_along_axis(np.abs(weights.astype(np.float64)), order, 1)
+    w = importance[order]
+    best = (np.cumsum(w * a, axis=1) ** 2 / np.cumsum(w, axis=1)).max(axis=1)
+    least = ((w * a * a).sum(axis=1) - best).sum()
+    data = codec.quantize(weights, "TQ2_0", importance, level="search")
+    assert least <= codec.weighted_error(weights, codec.dequantize(data, "TQ2_0"), importance) <= 1.00001 * least

@@ -7,12 +7,14 @@ Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, 
 
 from types import ModuleType
 
-from dynq.kernels import fp4, iq1, kquants, legacy
+from dynq.kernels import fp4, iq1, iq4, kquants, legacy, ternary
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), legacy),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), kquants),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), iq1),
     **dict.fromkeys(("MXFP4", "NVFP4"), fp4),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""

@@ -9,12 +9,14 @@ from types import ModuleType
 import numpy as np
 
 from dynq import formats
-from dynq.reference import fp4, iq1, scalar
+from dynq.reference import fp4, iq1, iq4, scalar, ternary
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), scalar),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), iq1),
     **dict.fromkeys(("MXFP4", "NVFP4"), fp4),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
 }
 """Which file knows a format."""
 
