@@ -7,10 +7,11 @@ Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, 
 
 from types import ModuleType
 
-from dynq.kernels import kquants, legacy
+from dynq.kernels import iquants, kquants, legacy
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), legacy),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), kquants),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), iquants),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""

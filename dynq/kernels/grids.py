@@ -9,11 +9,11 @@ from gguf import quants
 
 @dataclass(frozen=True)
 class Grid:
-    """A code book: weight = step * (2 level + 1) * d * entry's value, with a sign.
+    """A code book: weight = step * (2 level + 1) * d * a value of an entry, with a sign.
 
-    entries float32 [entries, dim]; values: the few that occur in it, rising, evenly spaced but for the last;
-    sub: weights that share a level of 0..15; even: seven signs are stored for eight weights, the eighth makes the
-    number of minus signs even.
+    entries float32 [entries, dim]; their values are low, low + spacing, ..., `top` spacings in all (nearly: the grids
+    of IQ2 and IQ3_XXS are a little uneven); sub: weights that share a level of 0..15; even: seven signs are stored for
+    eight weights, the eighth makes the number of minus signs even.
     """
 
     entries: np.ndarray
@@ -25,6 +25,18 @@ class Grid:
     @property
     def dim(self) -> int:
         return self.entries.shape[1]
+
+    @property
+    def low(self) -> np.float32:
+        return self.values[0]
+
+    @property
+    def top(self) -> np.float32:
+        return np.float32(len(self.values) - 1)
+
+    @property
+    def spacing(self) -> np.float32:
+        return (self.values[-1] - self.values[0]) / self.top
 
 
 # weights that share a level, seven signs for eight, step
@@ -44,6 +56,30 @@ def grid(name: str) -> Grid:
     source.init_grid()
     entries = source.grid.reshape(source.grid_shape).astype(np.float32)
     return Grid(entries, np.array(source.grid_map, np.float32), *_SHAPES[name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a format is searched (dynq.kernels.lattice).
+
+    count: entries looked at for a group, a multiple of 16, at most 256; tries: what the largest |x| of a sub-block is
+    sent to, in values; ends: what the largest scale of a super-block is sent to, 16 of them, where 31 is the highest
+    level; choices: levels tried for each; rounds: descents over the stored numbers.
+    """
+
+    count: int
+    tries: tuple[float, ...]
+    ends: tuple[float, ...]
+    choices: int
+    rounds: int
+
+
+def plan_of(name: str, level: str) -> Plan:
+    """The plan of a format on a level, `plain` or `search`."""
+    highest = float(grid(name).values[-1])
+    tries = tuple((highest * np.linspace(0.9, 2.2, 10)).tolist())
+    ends = tuple(np.linspace(21, 36, 16).tolist())
+    return Plan(32, tries, ends, 3, 1) if level == "plain" else Plan(64, tries, ends, 5, 2)
 
 
 @cache

@@ -1,453 +1,295 @@
+"""Super-blocks of 256 weights on a lattice grid as GGUF stores them: IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S.
+
+A code book's entry g (dynq.kernels.grids) stands for the magnitudes of eight weights (IQ2) or four (IQ3)::
+
+    w = d (0.5 + level) c sign g        level in 0..15 for 32 weights (IQ2_XS, IQ2_S: 16); c = 1/4, IQ3_XXS 1/2, IQ3_S 2
+
+    IQ2_XXS   66 bytes  d f16 | 8 x (4 entries 8 bits each, word)
+    IQ2_XS    74 bytes  d f16 | 32 x (signs 7 : entry 9) | levels 8
+    IQ2_S     82 bytes  d f16 | entries, lower 8 bits 32 | signs 32 | entries, upper 2 bits 8 | levels 8
+    IQ3_XXS   98 bytes  d f16 | entries 64 | 8 words
+    IQ3_S    110 bytes  d f16 | entries, lower 8 bits 64 | entries, upper bit 8 | signs 32 | levels 4
+
+    word, 32 bits: level 4 : signs 7 : signs 7 : signs 7 : signs 7, those of the first weights lowest
+    levels: byte k holds level[2k] below and level[2k + 1] above
+
+Bit i of signs belongs to weight i of eight; of seven, the eighth makes the number of minus signs even. Upper bits:
+byte k holds those of the k-th four (IQ2_S) or eight (IQ3_S) entries, the first lowest.
+
+Source: block_iq2_xxs to block_iq3_s in llama.cpp's ggml-common.h. Decoding multiplies in gguf-py's order.
+"""
+
+from functools import cache
+
 import numpy as np
 
 from dynq.kernels._jit import kernel
-from dynq.kernels.fit import INFINITY, ONE, TWO, ZERO, load, stored
-from dynq.kernels.floats import half, half_table
-from dynq.kernels.grids import grid, neighbours
-
-LANES = 32  # sub-blocks side by side
-TRIALS = 16
-HALF = np.float32(0.5)
-FOUR = np.float32(4)
-TOP = np.float32(15)
-F = np.float32
-I = np.int32
-LAST = np.int32(0x7FFFFFFF)
-NUMBER = np.int32(255)
-MASK = np.int32(~255)
-LIMIT = np.float32(1e9)
-TINY = np.float32(1e-30)
+from dynq.kernels.floats import half_table
+from dynq.kernels.grids import grid, neighbours, plan_of
+from dynq.kernels.lattice import fit
 
 
 @kernel
-def _magnitudes(X, even, signs, odd):
-    """X to |X|; the signs of eight weights, the first lowest, and whether their number is odd: uint8 [sub / 8, lanes]."""
-    n, lanes = X.shape
-    for o in range(n // 8):
-        for j in range(lanes):
-            signs[o, j] = 0
-            odd[o, j] = 0
-        for i in range(8):
-            for j in range(lanes):
-                negative = np.uint8(np.float32(X[8 * o + i, j]).view(np.uint32) >> np.uint32(31))
-                signs[o, j] |= np.uint8(negative << np.uint8(i))
-                odd[o, j] ^= np.uint8(negative & even)
-                X[8 * o + i, j] = abs(X[8 * o + i, j])
+def _put_half(bits, out, b):
+    out[b, 0] = np.uint8(bits)
+    out[b, 1] = np.uint8(bits >> 8)
 
 
 @kernel
-def _scales(X, W, low, spacing, top, tries, S, A):
-    """Per lane: a scale S for which the values low, low + spacing, ... fit |x| best, the code book left aside."""
-    n, lanes = X.shape
-    largest, best, sll, sxl, inverse = A[0], A[1], A[2], A[3], A[4]
-    for j in range(lanes):
-        S[j] = ZERO
-        best[j] = ZERO
-        largest[j] = ZERO
-    for i in range(n):
-        for j in range(lanes):
-            largest[j] = X[i, j] if X[i, j] > largest[j] else largest[j]
-    for t in range(tries.shape[0]):
-        for j in range(lanes):
-            inverse[j] = tries[t] / largest[j] if largest[j] > TINY else ZERO
-            sll[j] = ZERO
-            sxl[j] = ZERO
-        for i in range(n):
-            for j in range(lanes):
-                q = np.rint((X[i, j] * inverse[j] - low) / spacing)
-                q = q if q > ZERO else ZERO
-                q = q if q < top else top
-                value = low + q * spacing
-                wv = W[i, j] * value
-                sll[j] += wv * value
-                sxl[j] += wv * X[i, j]
-        for j in range(lanes):
-            scale = sxl[j] / sll[j]
-            gain = scale * sxl[j]
-            better = gain > best[j]
-            best[j] = gain if better else best[j]
-            S[j] = scale if better else S[j]
+def _put_word(signs, levels, b, s, out, at):
+    """Four times seven signs and the level of sub-block s, 32 bits."""
+    word = np.uint32(levels[b, s]) << np.uint32(28)
+    for k in range(4):
+        word |= np.uint32(signs[b, 4 * s + k] & np.uint8(127)) << np.uint32(7 * k)
+    for k in range(4):
+        out[b, at + k] = np.uint8(word >> np.uint32(8 * k))
 
 
 @kernel
-def _points(X, S, low, spacing, top, dim, inverse, T, P):
-    """|x| in units of the scale, T [sub, lanes], and the rounded points' numbers, P int32 [sub / dim, lanes]."""
-    n, lanes = X.shape
-    for j in range(lanes):
-        inverse[j] = ONE / S[j] if S[j] > TINY else ZERO
-    for g in range(n // dim):
-        for j in range(lanes):
-            P[g, j] = 0
-        base = np.int32(1)
-        for i in range(g * dim, (g + 1) * dim):
-            for j in range(lanes):
-                t = X[i, j] * inverse[j]
-                t = t if t < LIMIT else LIMIT
-                T[i, j] = t
-                q = np.rint((t - low) / spacing)
-                q = q if q > ZERO else ZERO
-                q = q if q < top else top
-                P[g, j] += base * np.int32(q)
-            base *= np.int32(top + ONE)
+def _get_word(data, b, at, signs, levels, s):
+    word = np.uint32(0)
+    for k in range(4):
+        word |= np.uint32(data[b, at + k]) << np.uint32(8 * k)
+    levels[b, s] = np.uint8(word >> np.uint32(28))
+    for k in range(4):
+        signs[b, 4 * s + k] = _eight(np.uint8((word >> np.uint32(7 * k)) & np.uint32(127)))
 
 
 @kernel
-def _nearest8(T, W, o, P, values, odd, keys):
-    """Per lane the candidate of the least error sum w (t - g)^2 over eight weights: the error's bits, the last its number.
-
-    Where `odd` one of the eight takes the wrong sign, the one for which that costs least.
-    """
-    i = 8 * o
-    for j in range(T.shape[1]):
-        p, flip = P[o, j], odd[o, j]
-        t0, t1, t2, t3 = T[i, j], T[i + 1, j], T[i + 2, j], T[i + 3, j]
-        t4, t5, t6, t7 = T[i + 4, j], T[i + 5, j], T[i + 6, j], T[i + 7, j]
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        w4, w5, w6, w7 = W[i + 4, j], W[i + 5, j], W[i + 6, j], W[i + 7, j]
-        best = LAST
-        for c in range(values.shape[1] // 128):
-            v = 128 * c
-            near = LAST
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                g4, g5, g6, g7 = F(values[p, v + 64 + k]), F(values[p, v + 80 + k]), F(values[p, v + 96 + k]), F(values[p, v + 112 + k])
-                m0, m1, m2, m3, m4, m5, m6, m7 = t0 - g0, t1 - g1, t2 - g2, t3 - g3, t4 - g4, t5 - g5, t6 - g6, t7 - g7
-                e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                e = e + (w4 * m4 * m4 + w5 * m5 * m5 + w6 * m6 * m6 + w7 * m7 * m7)
-                if flip:
-                    a0, a1, a2, a3 = w0 * t0 * g0, w1 * t1 * g1, w2 * t2 * g2, w3 * t3 * g3
-                    a4, a5, a6, a7 = w4 * t4 * g4, w5 * t5 * g5, w6 * t6 * g6, w7 * t7 * g7
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    a4 = a4 if a4 < a5 else a5
-                    a6 = a6 if a6 < a7 else a7
-                    a0 = a0 if a0 < a2 else a2
-                    a4 = a4 if a4 < a6 else a6
-                    e = e + FOUR * (a0 if a0 < a4 else a4)
-                key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                near = key if key < near else near
-            near = np.int32(near | np.int32(c << 4))
-            best = near if near < best else best
-        keys[o, j] = best
+def _eight(seven):
+    """Seven signs and the eighth, which makes the number of ones even."""
+    odd = seven ^ (seven >> 4)
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    return np.uint8(seven | ((odd & 1) << 7))
 
 
 @kernel
-def _nearest4(T, W, g, P, values, flips, keys):
-    """As _nearest8, over four weights; one takes the wrong sign where `flips`, other lanes are left alone if given."""
-    i = 4 * g
-    for j in range(T.shape[1]):
-        p, flip = P[g, j], flips[g // 2, j]
-        t0, t1, t2, t3 = T[i, j], T[i + 1, j], T[i + 2, j], T[i + 3, j]
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        best = LAST
-        turned = LAST
-        for c in range(values.shape[1] // 64):
-            v = 64 * c
-            near = LAST
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                m0, m1, m2, m3 = t0 - g0, t1 - g1, t2 - g2, t3 - g3
-                e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                near = key if key < near else near
-            near = np.int32(near | np.int32(c << 4))
-            best = near if near < best else best
-            if flip:
-                near = LAST
-                for k in range(16):
-                    g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                    m0, m1, m2, m3 = t0 - g0, t1 - g1, t2 - g2, t3 - g3
-                    e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                    a0, a1, a2, a3 = w0 * t0 * g0, w1 * t1 * g1, w2 * t2 * g2, w3 * t3 * g3
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    e = e + FOUR * (a0 if a0 < a2 else a2)
-                    key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                    near = key if key < near else near
-                near = np.int32(near | np.int32(c << 4))
-                turned = near if near < turned else turned
-        keys[g, j] = best
-        keys[g + P.shape[0], j] = turned
+def _put_levels(levels, b, out, at):
+    for k in range(levels.shape[1] // 2):
+        out[b, at + k] = np.uint8(levels[b, 2 * k] | (levels[b, 2 * k + 1] << 4))
 
 
 @kernel
-def _error(key):
-    return np.int32(key & MASK).view(np.float32)
+def _get_levels(data, b, at, levels):
+    for k in range(levels.shape[1] // 2):
+        levels[b, 2 * k] = data[b, at + k] & np.uint8(15)
+        levels[b, 2 * k + 1] = data[b, at + k] >> np.uint8(4)
 
 
 @kernel
-def _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips):
-    """The best entries for scales S.
-
-    Out: candidates' numbers, keys [sub / dim, lanes] (its second half is scratch); their values, G [sub, lanes], minus
-    where the sign is to be wrong, which flips [sub / 8, lanes] has as bits.
-    """
-    n, lanes = X.shape
-    _points(X, S, low, spacing, top, dim, inverse, T, P)
-    for o in range(n // 8):
-        if dim == 8:
-            _nearest8(T, W, o, P, values, odd, keys)
-        else:
-            _nearest4(T, W, 2 * o, P, values, odd, keys)
-            _nearest4(T, W, 2 * o + 1, P, values, odd, keys)
-        for j in range(lanes):
-            start, end = 8 * o, 8 * o + 8
-            if dim == 4 and odd[o, j]:
-                a, b = 2 * o, 2 * o + 1
-                c, d = P.shape[0] + a, P.shape[0] + b
-                if _error(keys[c, j]) + _error(keys[b, j]) <= _error(keys[a, j]) + _error(keys[d, j]):
-                    keys[a, j] = keys[c, j]
-                    end = 8 * o + 4
-                else:
-                    keys[b, j] = keys[d, j]
-                    start = 8 * o + 4
-            for g in range(8 // dim):
-                at = 8 // dim * o + g
-                k = keys[at, j] & NUMBER
-                keys[at, j] = k
-                v = (k >> 4) * 16 * dim + (k & 15)
-                for i in range(dim):
-                    G[at * dim + i, j] = values[P[at, j], v + 16 * i]
-            flips[o, j] = 0
-            if odd[o, j]:
-                least, where = INFINITY, start
-                for i in range(start, end):
-                    a = W[i, j] * T[i, j] * G[i, j]
-                    if a < least:
-                        least, where = a, i
-                G[where, j] = -G[where, j]
-                flips[o, j] = np.uint8(1 << (where - 8 * o))
+def pack_iq2_xxs(entries, signs, levels, d, out):
+    """What lattice.fit gives to blocks uint8 [blocks, 66]."""
+    for b in range(out.shape[0]):
+        _put_half(d[b], out, b)
+        for s in range(8):
+            for k in range(4):
+                out[b, 2 + 8 * s + k] = np.uint8(entries[b, 4 * s + k])
+            _put_word(signs, levels, b, s, out, 6 + 8 * s)
 
 
 @kernel
-def _measure(X, W, G, S, E, sll, sxl):
-    """Per lane the error and the sums that least squares needs."""
-    n, lanes = X.shape
-    for j in range(lanes):
-        E[j] = ZERO
-        sll[j] = ZERO
-        sxl[j] = ZERO
-    for i in range(n):
-        for j in range(lanes):
-            miss = X[i, j] - S[j] * G[i, j]
-            wg = W[i, j] * G[i, j]
-            E[j] += W[i, j] * miss * miss
-            sll[j] += wg * G[i, j]
-            sxl[j] += wg * X[i, j]
+def unpack_iq2_xxs(data, entries, signs, levels):
+    """Blocks to entries uint16 [blocks, groups], signs uint8 [blocks, 32] (1 is minus), levels uint8 [blocks, subs]."""
+    for b in range(data.shape[0]):
+        for s in range(8):
+            for k in range(4):
+                entries[b, 4 * s + k] = data[b, 2 + 8 * s + k]
+            _get_word(data, b, 6 + 8 * s, signs, levels, s)
 
 
 @kernel
-def _terms8(X, W, j, P, values, odd, Z):
-    """Z[group, candidate / 16, ...] = A = sum 2 w x g, less what the flip costs, then B = sum w g^2, for a lane's groups."""
-    for g in range(X.shape[0] // 8):
-        p, i = P[g, j], 8 * g
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        w4, w5, w6, w7 = W[i + 4, j], W[i + 5, j], W[i + 6, j], W[i + 7, j]
-        q0, q1, q2, q3 = TWO * w0 * X[i, j], TWO * w1 * X[i + 1, j], TWO * w2 * X[i + 2, j], TWO * w3 * X[i + 3, j]
-        q4, q5, q6, q7 = TWO * w4 * X[i + 4, j], TWO * w5 * X[i + 5, j], TWO * w6 * X[i + 6, j], TWO * w7 * X[i + 7, j]
-        flip = odd[g, j]
-        for c in range(values.shape[1] // 128):
-            v, z = 128 * c, 32 * c
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                g4, g5, g6, g7 = F(values[p, v + 64 + k]), F(values[p, v + 80 + k]), F(values[p, v + 96 + k]), F(values[p, v + 112 + k])
-                a0, a1, a2, a3, a4, a5, a6, a7 = q0 * g0, q1 * g1, q2 * g2, q3 * g3, q4 * g4, q5 * g5, q6 * g6, q7 * g7
-                a = a0 + a1 + a2 + a3 + (a4 + a5 + a6 + a7)
-                if flip:
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    a4 = a4 if a4 < a5 else a5
-                    a6 = a6 if a6 < a7 else a7
-                    a0 = a0 if a0 < a2 else a2
-                    a4 = a4 if a4 < a6 else a6
-                    a -= TWO * (a0 if a0 < a4 else a4)
-                Z[g, z + k] = a
-                b = w0 * g0 * g0 + w1 * g1 * g1 + w2 * g2 * g2 + w3 * g3 * g3
-                Z[g, z + 16 + k] = b + (w4 * g4 * g4 + w5 * g5 * g5 + w6 * g6 * g6 + w7 * g7 * g7)
+def pack_iq2_xs(entries, signs, levels, d, out):
+    """As pack_iq2_xxs: [blocks, 74]."""
+    for b in range(out.shape[0]):
+        _put_half(d[b], out, b)
+        for k in range(32):
+            out[b, 2 + 2 * k] = np.uint8(entries[b, k])
+            out[b, 3 + 2 * k] = np.uint8((entries[b, k] >> 8) | (signs[b, k] << 1))
+        _put_levels(levels, b, out, 66)
 
 
 @kernel
-def _terms4(X, W, j, P, values, turned, Z):
-    """As _terms8; A less the flip's cost where `turned`."""
-    for g in range(X.shape[0] // 4):
-        p, i = P[g, j], 4 * g
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        q0, q1, q2, q3 = TWO * w0 * X[i, j], TWO * w1 * X[i + 1, j], TWO * w2 * X[i + 2, j], TWO * w3 * X[i + 3, j]
-        for c in range(values.shape[1] // 64):
-            v, z = 64 * c, 32 * c
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                a0, a1, a2, a3 = q0 * g0, q1 * g1, q2 * g2, q3 * g3
-                a = a0 + a1 + a2 + a3
-                if turned:
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    a -= TWO * (a0 if a0 < a2 else a2)
-                Z[g, z + k] = a
-                Z[g, z + 16 + k] = w0 * g0 * g0 + w1 * g1 * g1 + w2 * g2 * g2 + w3 * g3 * g3
+def unpack_iq2_xs(data, entries, signs, levels):
+    """As unpack_iq2_xxs."""
+    for b in range(data.shape[0]):
+        for k in range(32):
+            upper = data[b, 3 + 2 * k]
+            entries[b, k] = np.uint16(data[b, 2 + 2 * k]) | (np.uint16(upper & np.uint8(1)) << np.uint16(8))
+            signs[b, k] = _eight(np.uint8(upper >> np.uint8(1)))
+        _get_levels(data, b, 66, levels)
 
 
 @kernel
-def _minima(Z, first, step, R, M):
-    """min over candidates of s B - A for groups first, first + step, ... and scales s = R [n]: M [groups, n]."""
-    for g in range(first, Z.shape[0], step):
-        for c in range(Z.shape[1] // 32):
-            z = 32 * c
-            for t in range(R.shape[0]):
-                s = R[t]
-                m = INFINITY if c == 0 else M[g, t]
-                for k in range(16):
-                    e = s * Z[g, z + 16 + k] - Z[g, z + k]
-                    m = e if e < m else m
-                M[g, t] = m
+def pack_iq2_s(entries, signs, levels, d, out):
+    """As pack_iq2_xxs: [blocks, 82]."""
+    for b in range(out.shape[0]):
+        _put_half(d[b], out, b)
+        for k in range(32):
+            out[b, 2 + k] = np.uint8(entries[b, k])
+            out[b, 34 + k] = signs[b, k]
+        for k in range(8):
+            bits = np.uint8(0)
+            for i in range(4):
+                bits |= np.uint8((entries[b, 4 * k + i] >> 8) << (2 * i))
+            out[b, 66 + k] = bits
+        _put_levels(levels, b, out, 74)
 
 
 @kernel
-def _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, R, Q, V):
-    """Per super-block the best of TRIALS stored floats D, and per lane the best of `choices` levels L (odd, 1 to 31) each.
-
-    Z, M, R, Q, V: scratch.
-    """
-    n, lanes = X.shape
-    group = unit.shape[0]
-    d, total, least = Q[0], Q[1], Q[2]
-    for g in range(group):
-        largest = ZERO
-        for j in range(g, lanes, group):
-            largest = S[j] if S[j] > largest else largest
-        for t in range(TRIALS):
-            d[t] = stored(largest / ends[t], unit[g])
-            total[t] = ZERO
-        for j in range(g, lanes, group):
-            for t in range(TRIALS):
-                q = S[j] / d[t] if d[t] > ZERO else ZERO
-                q = np.floor((q - F(choices - 1)) * HALF)
-                q = q if q > ZERO else ZERO
-                q = q if q < F(16 - choices) else F(16 - choices)
-                V[j, t] = q * TWO + ONE
-            for c in range(choices):
-                for t in range(TRIALS):
-                    R[TRIALS * c + t] = (V[j, t] + F(2 * c)) * d[t]
-            if dim == 8:
-                _terms8(X, W, j, P, values, odd, Z)
-                _minima(Z, 0, 1, R, M)
-            else:
-                _terms4(X, W, j, P, values, False, Z)
-                _minima(Z, 0, 1, R, M)
-                flip = False
-                for o in range(n // 8):
-                    flip |= odd[o, j] != 0
-                if flip:
-                    _terms4(X, W, j, P, values, True, Z)
-                    _minima(Z, 0, 1, R, M[n // 4 :])
-                    for o in range(n // 8):
-                        if odd[o, j]:
-                            a, b = 2 * o, 2 * o + 1
-                            for t in range(R.shape[0]):
-                                e, f = M[n // 4 + a, t] + M[b, t], M[a, t] + M[n // 4 + b, t]
-                                M[a, t] = e if e < f else f
-                                M[b, t] = ZERO
-            for t in range(R.shape[0]):
-                for g4 in range(1, n // dim):
-                    M[0, t] += M[g4, t]
-                M[0, t] *= R[t]
-            for t in range(TRIALS):
-                least[t] = M[0, t]
-            for c in range(1, choices):
-                for t in range(TRIALS):
-                    e = M[0, TRIALS * c + t]
-                    better = e < least[t]
-                    least[t] = e if better else least[t]
-                    M[1, t] = F(2 * c) if better else (ZERO if c == 1 else M[1, t])
-            for t in range(TRIALS):
-                total[t] += least[t]
-                V[j, t] += M[1, t]
-        best, where = INFINITY, 0
-        for t in range(TRIALS):
-            if total[t] < best:
-                best, where = total[t], t
-        D[g] = d[where]
-        for j in range(g, lanes, group):
-            L[j] = V[j, where]
+def unpack_iq2_s(data, entries, signs, levels):
+    """As unpack_iq2_xxs."""
+    for b in range(data.shape[0]):
+        for k in range(8):
+            upper = np.uint16(data[b, 66 + k])
+            for i in range(4):
+                above = np.uint16(((upper >> np.uint16(2 * i)) & np.uint16(3)) << np.uint16(8))
+                entries[b, 4 * k + i] = np.uint16(data[b, 2 + 4 * k + i]) | above
+        for k in range(32):
+            signs[b, k] = data[b, 34 + k]
+        _get_levels(data, b, 74, levels)
 
 
 @kernel
-def _descend(S, sll, sxl, unit, D, L):
-    """Entries fixed: per lane the best level, then per super-block the best stored float."""
-    group = unit.shape[0]
-    for g in range(group):
-        inverse = ONE / D[g] if D[g] > TINY else ZERO
-        aa, ax = ZERO, ZERO
-        for j in range(g, S.shape[0], group):
-            q = np.rint((sxl[j] / sll[j] * inverse - ONE) * HALF)
-            q = q if q > ZERO else ZERO
-            q = q if q < TOP else TOP
-            L[j] = q * TWO + ONE
-            aa += L[j] * L[j] * sll[j]
-            ax += L[j] * sxl[j]
-        if ax > ZERO:
-            D[g] = stored(ax / aa, unit[g])
+def pack_iq3_xxs(entries, signs, levels, d, out):
+    """As pack_iq2_xxs: [blocks, 98]."""
+    for b in range(out.shape[0]):
+        _put_half(d[b], out, b)
+        for k in range(64):
+            out[b, 2 + k] = np.uint8(entries[b, k])
+        for s in range(8):
+            _put_word(signs, levels, b, s, out, 66 + 4 * s)
 
 
 @kernel
-def fit(x, w, sub, step, dim, low, spacing, top, even, names, values, tries, starts, ends, choices, rounds, entries, signs, levels, d):
-    subs = 256 // sub
-    lanes, group, groups = LANES, LANES // subs, sub // dim
-    X = np.empty((sub, lanes), np.float32)
-    W = np.empty((sub, lanes), np.float32)
-    T = np.empty((sub, lanes), np.float32)
-    G = np.empty((sub, lanes), np.float32)
-    minus = np.empty((sub // 8, lanes), np.uint8)
-    odd = np.empty((sub // 8, lanes), np.uint8)
-    flips = np.empty((sub // 8, lanes), np.uint8)
-    P = np.empty((groups, lanes), np.int32)
-    keys = np.empty((2 * groups, lanes), np.int32)
-    A = np.empty((8, lanes), np.float32)
-    S, E, sll, sxl, L, inverse = A[0], A[1], A[2], A[3], A[4], A[5]
-    A2 = np.empty((8, lanes), np.float32)
-    B = np.empty((4, group), np.float32)
-    unit, D, best, total = B[0], B[1], B[2], B[3]
-    Z = np.empty((groups, values.shape[1] // dim * 2), np.float32)
-    M = np.empty((2 * groups, TRIALS * choices), np.float32)
-    R = np.empty(TRIALS * choices, np.float32)
-    Q = np.empty((3, TRIALS), np.float32)
-    V = np.empty((lanes, TRIALS), np.float32)
-    for first in range(0, x.shape[0], group):
-        load(x, w, first, sub, X, W, unit)
-        for g in range(group):
-            unit[g] *= step
-            best[g] = INFINITY
-        _magnitudes(X, even, minus, odd)
-        _scales(X, W, low, spacing, top, tries, S, A2)
-        for _ in range(starts):
-            _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips)
-            _measure(X, W, G, S, E, sll, sxl)
-            for j in range(lanes):
-                s = sxl[j] / sll[j]
-                S[j] = s if s > ZERO else ZERO
-        _points(X, S, low, spacing, top, dim, inverse, T, P)
-        _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, R, Q, V)
-        for r in range(rounds + 1):
-            for j in range(lanes):
-                S[j] = D[j % group] * L[j]
-            _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips)
-            _measure(X, W, G, S, E, sll, sxl)
-            for g in range(group):
-                total[g] = ZERO
-            for s in range(subs):
-                for g in range(group):
-                    total[g] += E[s * group + g]
-            for g in range(min(group, x.shape[0] - first)):
-                if total[g] < best[g]:
-                    best[g] = total[g]
-                    b = first + g
-                    d[b] = half(D[g] / unit[g])
-                    for s in range(subs):
-                        j = s * group + g
-                        levels[b, s] = np.uint8(L[j] * HALF)
-                        for i in range(groups):
-                            entries[b, s * groups + i] = names[P[i, j], keys[i, j]]
-                        for o in range(sub // 8):
-                            signs[b, s * (sub // 8) + o] = minus[o, j] ^ flips[o, j]
-            if r < rounds:
-                _descend(S, sll, sxl, unit, D, L)
+def unpack_iq3_xxs(data, entries, signs, levels):
+    """As unpack_iq2_xxs."""
+    for b in range(data.shape[0]):
+        for k in range(64):
+            entries[b, k] = data[b, 2 + k]
+        for s in range(8):
+            _get_word(data, b, 66 + 4 * s, signs, levels, s)
+
+
+@kernel
+def pack_iq3_s(entries, signs, levels, d, out):
+    """As pack_iq2_xxs: [blocks, 110]."""
+    for b in range(out.shape[0]):
+        _put_half(d[b], out, b)
+        for k in range(64):
+            out[b, 2 + k] = np.uint8(entries[b, k])
+        for k in range(8):
+            bits = np.uint8(0)
+            for i in range(8):
+                bits |= np.uint8((entries[b, 8 * k + i] >> 8) << i)
+            out[b, 66 + k] = bits
+        for k in range(32):
+            out[b, 74 + k] = signs[b, k]
+        _put_levels(levels, b, out, 106)
+
+
+@kernel
+def unpack_iq3_s(data, entries, signs, levels):
+    """As unpack_iq2_xxs."""
+    for b in range(data.shape[0]):
+        for k in range(8):
+            upper = np.uint16(data[b, 66 + k])
+            for i in range(8):
+                above = np.uint16(((upper >> np.uint16(i)) & np.uint16(1)) << np.uint16(8))
+                entries[b, 8 * k + i] = np.uint16(data[b, 2 + 8 * k + i]) | above
+        for k in range(32):
+            signs[b, k] = data[b, 74 + k]
+        _get_levels(data, b, 106, levels)
+
+
+@kernel
+def scales(data, levels, c, half, out):
+    """What multiplies the entries of each sub-block: float32 [blocks, subs]."""
+    for b in range(data.shape[0]):
+        d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
+        for s in range(levels.shape[1]):
+            out[b, s] = d * (np.float32(0.5) + np.float32(levels[b, s])) * c
+
+
+@kernel
+def expand8(entries, signs, steps, book, plusminus, out):
+    """Entries of eight weights, times their step and signs: float32 [blocks, 256]."""
+    sub = 32 // steps.shape[1]
+    for b in range(out.shape[0]):
+        for o in range(32):
+            step, e, s = steps[b, o // sub], entries[b, o], signs[b, o]
+            for i in range(8):
+                out[b, 8 * o + i] = step * book[e, i] * plusminus[s, i]
+
+
+@kernel
+def expand4(entries, signs, steps, book, plusminus, out):
+    """As expand8, with entries of four weights."""
+    sub = 32 // steps.shape[1]
+    for b in range(out.shape[0]):
+        for o in range(32):
+            step, e, f, s = steps[b, o // sub], entries[b, 2 * o], entries[b, 2 * o + 1], signs[b, o]
+            for i in range(4):
+                out[b, 8 * o + i] = step * book[e, i] * plusminus[s, i]
+            for i in range(4):
+                out[b, 8 * o + 4 + i] = step * book[f, i] * plusminus[s, 4 + i]
+
+
+PACK = {
+    "IQ2_XXS": pack_iq2_xxs,
+    "IQ2_XS": pack_iq2_xs,
+    "IQ2_S": pack_iq2_s,
+    "IQ3_XXS": pack_iq3_xxs,
+    "IQ3_S": pack_iq3_s,
+}
+UNPACK = {
+    "IQ2_XXS": unpack_iq2_xxs,
+    "IQ2_XS": unpack_iq2_xs,
+    "IQ2_S": unpack_iq2_s,
+    "IQ3_XXS": unpack_iq3_xxs,
+    "IQ3_S": unpack_iq3_s,
+}
+
+
+@cache
+def _plusminus() -> np.ndarray:
+    """1 or -1 for each bit of a byte of signs: float32 [256, 8]."""
+    return np.where(np.arange(256)[:, None] >> np.arange(8) & 1, -1, 1).astype(np.float32)
+
+
+def empty(name: str, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Room for the entries uint16 [blocks, groups], signs uint8 [blocks, 32], levels uint8 [blocks, subs] of a format."""
+    book = grid(name)
+    entries = np.empty((blocks, 256 // book.dim), np.uint16)
+    return entries, np.empty((blocks, 32), np.uint8), np.empty((blocks, 256 // book.sub), np.uint8)
+
+
+def steps(name: str, data: np.ndarray) -> np.ndarray:
+    """What multiplies the code book's values for each weight of encoded blocks: float32 [blocks, 256]."""
+    entries, signs, levels = empty(name, len(data))
+    UNPACK[name](data, entries, signs, levels)
+    out = np.empty(levels.shape, np.float32)
+    scales(data, levels, np.float32(2 * grid(name).step), half_table(), out)
+    return np.repeat(out, grid(name).sub, axis=1)
+
+
+def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+    """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
+    book, plan = grid(name), plan_of(name, level)
+    w = np.ones((1, 256), np.float32) if w is None else w
+    found = empty(name, len(x))
+    d = np.empty(len(x), np.uint16)
+    tries, ends = np.array(plan.tries, np.float32), np.array(plan.ends, np.float32)
+    shape = book.sub, book.dim, np.float32(book.step), book.low, book.spacing, book.top, book.even
+    fit(x, w, *shape, *neighbours(name, plan.count), tries, ends, plan.choices, plan.rounds, *found, d)
+    PACK[name](*found, d, out)
+
+
+def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out` float32 [blocks, 256] from uint8 data [blocks, block_bytes]."""
+    book = grid(name)
+    entries, signs, levels = empty(name, len(data))
+    UNPACK[name](data, entries, signs, levels)
+    step = np.empty(levels.shape, np.float32)
+    scales(data, levels, np.float32(2 * book.step), half_table(), step)
+    (expand8 if book.dim == 8 else expand4)(entries, signs, step, book.entries, _plusminus(), out)
