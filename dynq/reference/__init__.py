@@ -9,10 +9,11 @@ from types import ModuleType
 import numpy as np
 
 from dynq import formats
-from dynq.reference import scalar
+from dynq.reference import iquants, scalar
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), scalar),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), iquants),
 }
 """Which file knows a format."""
 
