@@ -7,7 +7,7 @@ Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, 
 
 from types import ModuleType
 
-from dynq.kernels import fp4, iq1, iq4, kquants, legacy, ternary
+from dynq.kernels import fp4, iq1, iq4, iquants, kquants, legacy, ternary
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), legacy),
@@ -16,5 +16,6 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("MXFP4", "NVFP4"), fp4),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), iquants),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""

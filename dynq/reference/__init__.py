@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 
 from dynq import formats
-from dynq.reference import fp4, iq1, iq4, scalar, ternary
+from dynq.reference import fp4, iq1, iq4, iquants, scalar, ternary
 
 FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), scalar),
@@ -17,6 +17,7 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("MXFP4", "NVFP4"), fp4),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), iquants),
 }
 """Which file knows a format."""
 
