@@ -12,8 +12,8 @@ tr(D H D^T)``, D = W - What, H = X^T X. It is made small in three ways, the bloc
    lower ``tr(D H D^T)``.
 
 An H of few inputs or domains is not the H of others. It is shrunk toward its diagonal by a fraction, the largest that
-errs at most `TOLERANCE` more than the best on inputs kept aside; where those do not gain in every domain, the tensor is
-encoded plainly.
+errs at most `TOLERANCE` more than the best on inputs kept aside, and a larger one where a domain that is left out of
+the fit would lose. Where none serves, the tensor is encoded plainly.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,10 @@ SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until
 TOLERANCE = 0.01
 GAIN = 0.98  # of the plain (or search) error, at most, in every domain: less of a gain may be chance
 SWEEPS = 3
-REACH_WALK, REACH_SWEEP = 3, 2  # candidates of a group's scale to each side
+REACH_WALK, REACH_SWEEP = 4, 2  # candidates of a group's scale to each side
 PANEL = 256  # columns between two large matrix products
 ROWS = 256  # rows worked on at a time; the bytes depend on it, as sums of matrix products do on their shape
+GUARD, GUARD_ROWS = 0.99, 128  # largest error ratio of a domain that was left out, and the rows it is measured on
 TRIAL_ROWS = 256  # rows on which the shrinkage is chosen
 FITTED, ASIDE = 1, 0.25  # inputs needed per column; with fewer the tensor is not fed back
 F = np.float32
@@ -89,9 +90,7 @@ def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: Inputs) -> fl
     weights, decoded = np.asarray(weights), np.asarray(decoded)
     if weights.shape != decoded.shape or weights.ndim != 2:
         raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} must be equal matrices")
-    h = _checked(inputs, weights.shape[-1]).matrix
-    error = weights.astype(np.float64) - decoded
-    return float(np.sum((error @ h) * error))
+    return _error(weights, decoded, _checked(inputs, weights.shape[-1]))
 
 
 def encode(
@@ -101,6 +100,7 @@ def encode(
     aside: Inputs | Sequence[Inputs],
     importance: np.ndarray | None = None,
     *,
+    guard: bool = True,
     threads: int | None = None,
 ) -> Encoded:
     """Encode float32 weights [rows, n] so that the outputs of a layer err little.
@@ -110,6 +110,8 @@ def encode(
     both are fitted.
     importance: float32 [n], of the plain encoding that feedback is measured against and falls back to; default: the
     mean square of all inputs.
+    guard: protect domains that were not calibrated. Each fitted domain is left out once and must not lose; this takes
+    at least two domains. False where the model will see nothing but what is fitted here.
 
     Falls back to the better of `search` and `plain`, and says why, for a format without feedback, too few inputs, or
     where inputs kept aside do not gain. The same input gives the same bytes, whatever `threads` is.
@@ -134,27 +136,35 @@ def encode(
 
     def errors(data: np.ndarray) -> np.ndarray:
         decoded = codec.dequantize(data, fmt, threads=threads)
-        return np.array([output_error(part, decoded, h) for h in kept])
+        return np.array([_error(part, decoded, h) for h in kept])
 
     plain, search = (errors(candidates[level][trial]) for level in codec.LEVELS)
     judged = plain > 0
     form, total, ratios = scales.grid(fmt), _sum(fitted, n), list[np.ndarray]()
     reason = _unfit(fmt, form, total, sum(h.tokens for h in kept))
+    if not reason and guard and sum(h.tokens > 0 for h in fitted) < 2:
+        reason = "a single domain is fitted, which says nothing of others; give several, or guard=False"
     if not reason and not judged.any():
         reason = "plain encoding makes no error on the inputs kept aside"
     if form is not None and not reason:
         for shrinkage in SHRINKAGE:
-            data = _feedback(part, form, total.matrix, shrinkage, threads)
-            ratios.append(errors(data)[judged] / plain[judged])
+            ratios.append(errors(_feedback(part, form, total.matrix, shrinkage, threads))[judged] / plain[judged])
             means = [_mean(r) for r in ratios]
             if means[-1] > (1 + TOLERANCE) * min(means):
                 break
-        at = int(np.argmax(means <= (1 + TOLERANCE) * np.min(means)))
-        if (ratios[at] <= GAIN * np.minimum(1, search[judged] / plain[judged])).all():
+        # from the chosen shrinkage on to stronger ones, until no domain loses
+        for at in range(int(np.argmax(means <= (1 + TOLERANCE) * np.min(means))), -1, -1):
+            worst = ratios[at].max()
+            if (ratios[at] > GAIN * np.minimum(1, search[judged] / plain[judged])).any():
+                reason = f"inputs kept aside do not gain in every domain (error ratios up to {worst:.3f})"
+                continue
+            left_out = _left_out(part, form, fitted, SHRINKAGE[at], threads) if guard else 0.0
+            if left_out > GUARD:
+                reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
+                continue
             data = _feedback(weights, form, both.matrix, SHRINKAGE[at], threads)
             return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "")
-        reason = f"inputs kept aside do not gain in every domain (error ratios up to {ratios[at].max():.3f})"
-    better = search.sum() < plain.sum() if len(plain) else True
+    better = bool((search <= plain).all())
     level = "search" if better else "plain"
     won = (search if better else plain)[judged] / plain[judged]
     return Encoded(candidates[level], level, None, tuple(map(float, won)), reason)
@@ -170,6 +180,27 @@ def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> st
     if aside < ASIDE * n:
         return f"{aside} inputs kept aside, at least {ASIDE * n:.0f} are needed"
     return "" if total.matrix.diagonal().any() else "all inputs are zero"
+
+
+def _error(weights: np.ndarray, decoded: np.ndarray, h: Hessian) -> float:
+    error = weights.astype(np.float64) - decoded
+    return float(np.sum((error @ h.matrix) * error))
+
+
+def _left_out(
+    part: np.ndarray, form: scales.Grid, fitted: list[Hessian], shrinkage: float, threads: int | None
+) -> float:
+    """The worst error ratio of a domain when only the others are known, to plain too: what others may fare like."""
+    part, worst = part[:: max(1, len(part) // GUARD_ROWS)], 0.0
+    for k, domain in enumerate(fitted):
+        others = _sum([h for i, h in enumerate(fitted) if i != k], part.shape[1]).matrix
+        if not domain.tokens or not others.diagonal().any():
+            continue
+        plain = codec.quantize(part, form.name, others.diagonal(), threads=threads)
+        ours = _feedback(part, form, others, shrinkage, threads)
+        after, before = (_error(part, codec.dequantize(x, form.name, threads=threads), domain) for x in (ours, plain))
+        worst = max(worst, after / before) if before > 0 else worst
+    return worst
 
 
 def _mean(ratios: np.ndarray) -> float:

@@ -38,7 +38,7 @@ def test_feedback_lowers_the_output_error_on_other_inputs(name: str):
     weights, n = gaussian(96, 512), 512
     fit, aside, held = (correlated(tokens, n, seed) for seed, tokens in enumerate((4096, 1024, 2048)))
     importance = np.square(fit).mean(0)
-    encoded = feedback.encode(weights, name, fit, aside, importance)
+    encoded = feedback.encode(weights, name, fit, aside, importance, guard=False)
     assert encoded.level == "feedback" and encoded.reason == ""
     assert encoded.data.dtype == np.uint8 and encoded.data.shape == (96, formats.row_bytes(name, n))
     measured = ratio(weights, name, encoded, held, importance)
@@ -64,13 +64,30 @@ def test_uncorrelated_inputs_never_lose(name: str):
     rng = np.random.default_rng(3)
     fit, aside, held = (rng.standard_normal((tokens, n)).astype(F) for tokens in (2560, 512, 2560))
     importance = np.square(fit).mean(0)
-    assert ratio(weights, name, feedback.encode(weights, name, fit, aside, importance), held, importance) <= 1.0
+    assert (
+        ratio(weights, name, feedback.encode(weights, name, fit, aside, importance, guard=False), held, importance)
+        <= 1.0
+    )
+
+
+def test_domains_that_are_not_fitted_are_protected():
+    """Two domains gain on their own inputs, neither from the other's fit: others would lose."""
+    weights, n = gaussian(64, 256), 256
+    fit, aside = ([correlated(2048, n, seed, mixing) for mixing in (1, 2)] for seed in (0, 1))
+    free = feedback.encode(weights, "Q3_K", fit, aside, guard=False)
+    assert free.level == "feedback"
+    guarded = feedback.encode(weights, "Q3_K", fit, aside)
+    assert guarded.level in codec.LEVELS and "left out loses" in guarded.reason
+    alone = feedback.encode(weights, "Q3_K", fit[0], aside[0])
+    assert alone.level in codec.LEVELS and "single domain" in alone.reason
+    alike = [correlated(2048, n, seed) for seed in range(3)]
+    assert feedback.encode(weights, "Q3_K", alike[:2], alike[2]).level == "feedback"
 
 
 def test_hessians_stand_for_inputs():
     weights, x, y = gaussian(16, 256), correlated(1024, 256, 0), correlated(512, 256, 1)
-    raw = feedback.encode(weights, "Q3_K", x, y)
-    sums = feedback.encode(weights, "Q3_K", [feedback.hessian(x)], [feedback.hessian(y)])
+    raw = feedback.encode(weights, "Q3_K", [x, x], y)
+    sums = feedback.encode(weights, "Q3_K", [feedback.hessian(x)] * 2, [feedback.hessian(y)])
     np.testing.assert_array_equal(raw.data, sums.data)
     assert raw.ratios == sums.ratios
     doubled = feedback.hessian(x, np.full(len(x), 2.0))
@@ -93,7 +110,7 @@ def test_singular_hessians(name: str):
         part[:, 100:160] = part[:, :60]
         part[:, 200:220] = 0
     importance = np.square(x).mean(0)
-    encoded = feedback.encode(weights, name, x, y, importance)
+    encoded = feedback.encode(weights, name, x, y, importance, guard=False)
     assert encoded.level == "feedback"
     assert ratio(weights, name, encoded, z, importance) < 0.6
     assert np.abs(codec.dequantize(encoded.data, name) - weights).max() < 0.3
@@ -141,15 +158,15 @@ def test_odd_rows(name: str):
 @pytest.mark.parametrize("shape", [(1, 32), (3, 288), (257, 64), (0, 64)])
 def test_shapes(shape: tuple[int, int]):
     rows, n = shape
-    encoded = feedback.encode(gaussian(rows, n), "Q4_0", correlated(20 * n, n, 0), correlated(5 * n, n, 1))
+    encoded = feedback.encode(gaussian(rows, n), "Q4_0", correlated(20 * n, n, 0), correlated(5 * n, n, 1), guard=False)
     assert encoded.data.shape == (rows, formats.row_bytes("Q4_0", n))
-    assert encoded.level == ("feedback" if rows else "plain")
+    assert encoded.level == "feedback" or not rows
 
 
 def test_bytes_do_not_depend_on_threads():
     weights, x, y = gaussian(600, 256), correlated(1024, 256, 0), correlated(512, 256, 1)
-    one = feedback.encode(weights, "Q3_K", x, y, threads=1)
-    three = feedback.encode(weights, "Q3_K", x, y, threads=3)
+    one = feedback.encode(weights, "Q3_K", [x, x], y, threads=1)
+    three = feedback.encode(weights, "Q3_K", [x, x], y, threads=3)
     np.testing.assert_array_equal(one.data, three.data)
     assert one.shrinkage == three.shrinkage
 

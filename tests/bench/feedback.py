@@ -55,7 +55,7 @@ class Collector:
             for name in first.values():
                 x = self.inputs[name]
                 shared[name] = (x.T @ x).double() + shared.get(name, 0)
-        matrices = {name: feedback.Hessian(h.numpy(), tokens.size) for name, h in shared.items()}
+        matrices = {name: feedback.Hessian(h.float().numpy(), tokens.size) for name, h in shared.items()}
         return {name: matrices[one] for name, one in group.items()}
 
 
