@@ -1,0 +1,409 @@
+"""The encoding level `feedback`: the output error of a linear layer instead of the error of its weights.
+
+With the inputs X of a layer y = W x the squared output error of a quantized What is ``|X (W - What)^T|^2 =
+tr(D H D^T)``, D = W - What, H = X^T X. It is made small in three ways, the block formats untouched:
+
+1. a walk over the columns from left to right, each choosing codes that make up for the errors before it (GPTQ,
+   Frantar et al. 2022); a block's scales come from the plain encoder, run on the compensated weights, and each group
+   takes the best of several scales around those,
+2. sweeps over the groups of weights that share a scale: all others fixed, choose scale and codes anew (coordinate
+   descent on blocks of weights, as QuIP and QuantEase do on single ones),
+3. after each sweep the best super-block floats d and dmin by least squares. Steps 2 and 3 are taken only where they
+   lower ``tr(D H D^T)``.
+
+An H of few inputs or domains is not the H of others. It is shrunk toward its diagonal by a fraction, the largest that
+errs at most `TOLERANCE` more than the best on inputs kept aside, and a larger one where a domain that is left out of
+the fit would lose. Where none serves, the tensor is encoded plainly.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from dynq import codec, formats
+from dynq.errors import DynqError
+from dynq.kernels import feedback as kernels
+from dynq.kernels import scales
+
+SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until the error rises
+TOLERANCE = 0.01
+GAIN = 0.98  # of the plain (or search) error, at most, in every domain: less of a gain may be chance
+SWEEPS = 3
+REACH_WALK, REACH_SWEEP = 4, 2  # candidates of a group's scale to each side
+PANEL = 256  # columns between two large matrix products
+ROWS = 256  # rows worked on at a time; the bytes depend on it, as sums of matrix products do on their shape
+GUARD, GUARD_ROWS = 0.99, 128  # largest error ratio of a domain that was left out, and the rows it is measured on
+TRIAL_ROWS = 256  # rows on which the shrinkage is chosen
+FITTED, ASIDE = 1, 0.25  # inputs needed per column; with fewer the tensor is not fed back
+F = np.float32
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Sum of w_s x_s x_s^T over the inputs x_s of a layer: matrix float [n, n], and how many inputs there were."""
+
+    matrix: np.ndarray
+    tokens: int
+
+
+Inputs = np.ndarray | Hessian
+Choose = Callable[..., None]  # dynq.kernels.feedback.choose or its twin
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """data uint8 [..., row_bytes]; level: what was chosen, `feedback`, `search` or `plain`.
+
+    shrinkage: of the Hessian, None without feedback. ratios: error on each of the inputs kept aside / plain's, of the
+    rows that were tried; empty where nothing could be judged. reason: why there is no feedback, or "".
+    """
+
+    data: np.ndarray
+    level: str
+    shrinkage: float | None
+    ratios: tuple[float, ...]
+    reason: str
+
+
+def hessian(inputs: np.ndarray, token_weights: np.ndarray | None = None) -> Hessian:
+    """The Hessian of inputs [tokens, n], each token weighing token_weights [tokens] (at least 0; 1 if None).
+
+    Hessians of batches of one domain may be added. DynqError for shapes that do not fit, NaN or infinity.
+    """
+    x = np.asarray(inputs)
+    if x.ndim != 2:
+        raise DynqError(f"inputs of a layer are [tokens, n], got shape {x.shape}")
+    w = np.ones(len(x)) if token_weights is None else np.asarray(token_weights, np.float64)
+    if w.shape != (len(x),):
+        raise DynqError(f"token weights have shape {w.shape}, there are {len(x)} tokens")
+    if not (np.isfinite(x).all() and np.isfinite(w).all() and (w >= 0).all()):
+        raise DynqError("inputs and token weights must be finite, token weights at least 0")
+    root = x.astype(np.float64) * np.sqrt(w)[:, None]
+    return Hessian(root.T @ root, int(np.count_nonzero(w)))
+
+
+def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: Inputs) -> float:
+    """|X (W - What)^T|^2 = tr(D H D^T) in float64; weights and decoded [rows, n]."""
+    weights, decoded = np.asarray(weights), np.asarray(decoded)
+    if weights.shape != decoded.shape or weights.ndim != 2:
+        raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} must be equal matrices")
+    return _error(weights, decoded, _checked(inputs, weights.shape[-1]))
+
+
+def encode(
+    weights: np.ndarray,
+    fmt: str,
+    fit: Inputs | Sequence[Inputs],
+    aside: Inputs | Sequence[Inputs],
+    importance: np.ndarray | None = None,
+    *,
+    guard: bool = True,
+    threads: int | None = None,
+) -> Encoded:
+    """Encode float32 weights [rows, n] so that the outputs of a layer err little.
+
+    fit, aside: inputs [tokens, n] or their Hessians, one for each domain: those that are fitted, and those that decide
+    how far the fit is trusted. The latter must come from other passages of text. When the shrinkage has been chosen,
+    both are fitted.
+    importance: float32 [n], of the plain encoding that feedback is measured against and falls back to; default: the
+    mean square of all inputs.
+    guard: protect domains that were not calibrated. Each fitted domain is left out once and must not lose; this takes
+    at least two domains. False where the model will see nothing but what is fitted here.
+
+    Falls back to the better of `search` and `plain`, and says why, for a format without feedback, too few inputs, or
+    where inputs kept aside do not gain. The same input gives the same bytes, whatever `threads` is.
+    DynqError for what `codec.quantize` refuses, and for Hessians that do not fit, are not finite, or have a negative
+    diagonal.
+    """
+    weights = np.asarray(weights)
+    if weights.ndim != 2:
+        raise DynqError(f"feedback works on matrices [rows, n], got shape {weights.shape}")
+    rows, n = weights.shape
+    formats.row_bytes(fmt, n)
+    fitted, kept = (_domains(inputs, n) for inputs in (fit, aside))
+    both = _sum([*fitted, *kept], n)
+    if importance is None and both.matrix.diagonal().any():
+        importance = both.matrix.diagonal()
+    weights = np.ascontiguousarray(weights, dtype=F)
+    candidates = {
+        level: codec.quantize(weights, fmt, importance, level=level, threads=threads) for level in codec.LEVELS
+    }
+    trial = np.arange(min(rows, TRIAL_ROWS)) * rows // max(1, min(rows, TRIAL_ROWS))
+    part = np.ascontiguousarray(weights[trial])
+
+    def errors(data: np.ndarray) -> np.ndarray:
+        decoded = codec.dequantize(data, fmt, threads=threads)
+        return np.array([_error(part, decoded, h) for h in kept])
+
+    plain, search = (errors(candidates[level][trial]) for level in codec.LEVELS)
+    judged = plain > 0
+    form, total, ratios = scales.grid(fmt), _sum(fitted, n), list[np.ndarray]()
+    reason = _unfit(fmt, form, total, sum(h.tokens for h in kept))
+    if not reason and guard and sum(h.tokens > 0 for h in fitted) < 2:
+        reason = "a single domain is fitted, which says nothing of others; give several, or guard=False"
+    if not reason and not judged.any():
+        reason = "plain encoding makes no error on the inputs kept aside"
+    if form is not None and not reason:
+        for shrinkage in SHRINKAGE:
+            ratios.append(errors(_feedback(part, form, total.matrix, shrinkage, threads))[judged] / plain[judged])
+            means = [_mean(r) for r in ratios]
+            if means[-1] > (1 + TOLERANCE) * min(means):
+                break
+        # from the chosen shrinkage on to stronger ones, until no domain loses
+        for at in range(int(np.argmax(means <= (1 + TOLERANCE) * np.min(means))), -1, -1):
+            worst = ratios[at].max()
+            if (ratios[at] > GAIN * np.minimum(1, search[judged] / plain[judged])).any():
+                reason = f"inputs kept aside do not gain in every domain (error ratios up to {worst:.3f})"
+                continue
+            left_out = _left_out(part, form, fitted, SHRINKAGE[at], threads) if guard else 0.0
+            if left_out > GUARD:
+                reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
+                continue
+            data = _feedback(weights, form, both.matrix, SHRINKAGE[at], threads)
+            return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "")
+    better = bool((search <= plain).all())
+    level = "search" if better else "plain"
+    won = (search if better else plain)[judged] / plain[judged]
+    return Encoded(candidates[level], level, None, tuple(map(float, won)), reason)
+
+
+def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> str:
+    """Why feedback cannot be tried, or ""."""
+    n = len(total.matrix)
+    if form is None:
+        return f"{fmt} has no feedback"
+    if total.tokens < FITTED * n:
+        return f"{total.tokens} inputs to fit, at least {FITTED * n} are needed"
+    if aside < ASIDE * n:
+        return f"{aside} inputs kept aside, at least {ASIDE * n:.0f} are needed"
+    return "" if total.matrix.diagonal().any() else "all inputs are zero"
+
+
+def _error(weights: np.ndarray, decoded: np.ndarray, h: Hessian) -> float:
+    error = weights.astype(np.float64) - decoded
+    return float(np.sum((error @ h.matrix) * error))
+
+
+def _left_out(
+    part: np.ndarray, form: scales.Grid, fitted: list[Hessian], shrinkage: float, threads: int | None
+) -> float:
+    """The worst error ratio of a domain when only the others are known, to plain too: what others may fare like."""
+    part, worst = part[:: max(1, len(part) // GUARD_ROWS)], 0.0
+    for k, domain in enumerate(fitted):
+        others = _sum([h for i, h in enumerate(fitted) if i != k], part.shape[1]).matrix
+        if not domain.tokens or not others.diagonal().any():
+            continue
+        plain = codec.quantize(part, form.name, others.diagonal(), threads=threads)
+        ours = _feedback(part, form, others, shrinkage, threads)
+        after, before = (_error(part, codec.dequantize(x, form.name, threads=threads), domain) for x in (ours, plain))
+        worst = max(worst, after / before) if before > 0 else worst
+    return worst
+
+
+def _mean(ratios: np.ndarray) -> float:
+    return float(np.exp(np.log(np.maximum(ratios, 1e-30)).mean()))
+
+
+def _checked(inputs: Inputs, n: int) -> Hessian:
+    if not isinstance(inputs, Hessian):
+        inputs = hessian(inputs)
+    h = np.asarray(inputs.matrix, dtype=np.float64)
+    if h.shape != (n, n):
+        raise DynqError(f"a Hessian has shape {h.shape}, the rows have {n} weights")
+    if not np.isfinite(h).all():
+        raise DynqError("a Hessian is not finite")
+    if (h.diagonal() < 0).any():
+        raise DynqError(f"a Hessian has a negative diagonal at column {int(np.argmax(h.diagonal() < 0))}")
+    if np.abs(h - h.T).max(initial=0) > 1e-4 * h.diagonal().max(initial=0):
+        raise DynqError("a Hessian is not symmetric")
+    size = np.sqrt(h.diagonal())
+    if (np.abs(h) > 1.001 * size[:, None] * size + 1e-9 * size.max(initial=0) ** 2).any():
+        raise DynqError("a Hessian is no sum of x x^T: an entry is larger than its diagonal allows")
+    return Hessian(h, inputs.tokens)
+
+
+def _domains(inputs: Inputs | Sequence[Inputs], n: int) -> list[Hessian]:
+    domains = [inputs] if isinstance(inputs, Hessian | np.ndarray) else inputs
+    return [_checked(one, n) for one in domains]
+
+
+def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
+    return Hessian(sum((h.matrix for h in parts), np.zeros((n, n))), sum(h.tokens for h in parts))
+
+
+def shrunk(h: np.ndarray, shrinkage: float) -> np.ndarray:
+    """(1 - a) H + a diag H, scaled to a mean diagonal of 1; channels never seen weigh 1e-6 of that."""
+    diagonal = h.diagonal()
+    out = h * ((1 - shrinkage) / diagonal.mean())
+    np.fill_diagonal(out, diagonal / diagonal.mean() + 1e-6)
+    return out
+
+
+def _feedback(
+    weights: np.ndarray, form: scales.Grid, h: np.ndarray, shrinkage: float, threads: int | None
+) -> np.ndarray:
+    """All three steps with one shrinkage: uint8 [rows, row_bytes]."""
+    rows, n = weights.shape
+    metric = Metric.of(shrunk(h, shrinkage), form.group)
+    out = np.empty((rows, formats.row_bytes(form.name, n)), np.uint8)
+
+    def work(first: int) -> None:
+        part = slice(first, first + ROWS)
+        out[part] = encode_rows(weights[part], form, metric)
+
+    starts = range(0, rows, ROWS)
+    if threads == 1 or len(starts) == 1:
+        for first in starts:
+            work(first)
+    else:
+        with ThreadPoolExecutor(threads or codec._cores()) as pool:
+            list(pool.map(work, starts))
+    return out
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A positive definite H float32 [n, n] in the forms that the steps need.
+
+    R upper triangular, H = R R^T; of the groups' own blocks of H: root likewise [groups, g, g], and its inverse.
+    """
+
+    H: np.ndarray
+    R: np.ndarray
+    root: np.ndarray
+    inverse: np.ndarray
+
+    @classmethod
+    def of(cls, h: np.ndarray, group: int) -> "Metric":
+        own = np.stack([h[i : i + group, i : i + group] for i in range(0, len(h), group)])
+        root = _upper(own)
+        return cls(h.astype(F), _upper(h).astype(F), root.astype(F), np.linalg.inv(root).astype(F))
+
+
+def _upper(h: np.ndarray) -> np.ndarray:
+    """R upper triangular with H = R R^T."""
+    try:
+        return np.ascontiguousarray(np.linalg.cholesky(h[..., ::-1, ::-1])[..., ::-1, ::-1])
+    except np.linalg.LinAlgError:
+        raise DynqError("a Hessian is no sum of x x^T: it has a negative eigenvalue") from None
+
+
+def encode_rows(weights: np.ndarray, form: scales.Grid, metric: Metric, choose: Choose = kernels.choose) -> np.ndarray:
+    """Walk and sweeps over some rows [rows, n]: uint8 [rows, row_bytes]."""
+    exponent = np.frexp(np.abs(weights).max(axis=1))[1]
+    unit = np.ldexp(F(1), np.clip(-exponent, -126, 126)).astype(F)
+    w = np.ascontiguousarray((weights * unit[:, None]).T)
+    state = State(
+        w, form, metric, scales.Scales.empty(form, len(w), unit), np.zeros_like(w), np.zeros(w.shape, np.uint8)
+    )
+    state.walk(choose)
+    for _ in range(SWEEPS):
+        state.sweep(choose)
+    out = np.empty((len(weights), formats.row_bytes(form.name, len(w))), np.uint8)
+    scales.write(form, state.scales, state.codes, out)
+    return out
+
+
+@dataclass
+class State:
+    """Rows on their way: w float32 [n, rows] scaled, E their errors w - what so far, codes uint8 [n, rows]."""
+
+    w: np.ndarray
+    form: scales.Grid
+    metric: Metric
+    scales: scales.Scales
+    E: np.ndarray
+    codes: np.ndarray
+
+    def walk(self, choose: Choose) -> None:
+        """Step 1."""
+        R, E, (n, rows) = self.metric.R, self.E, self.w.shape
+        block, group = self.form.block, self.form.group
+        for start in range(0, n, PANEL):
+            panel = slice(start, min(start + PANEL, n))
+            carried = R[:start, panel].T @ E[:start] if start else np.zeros((panel.stop, rows), F)
+            for first in range(start, panel.stop, group):
+                own = slice(first, first + group)
+                if first % block == 0:
+                    self._start(slice(first, first + block), carried[first - start : first - start + block], start)
+                P = carried[first - start : first - start + group]
+                if first > start:
+                    P = P + R[start:first, own].T @ E[start:first]
+                self._choose(choose, first // group, P, R[own, own], REACH_WALK, keep=False)
+
+    def _start(self, own: slice, carried: np.ndarray, panel: int) -> None:
+        """Scales of one block, from the plain encoding of the weights that make up for the errors so far."""
+        R, form = self.metric.R, self.form
+        P = carried
+        if own.start > panel:
+            P = P + R[panel : own.start, own].T @ self.E[panel : own.start]
+        target = self.w[own] + solve_triangular(R[own, own].T, P, lower=True, check_finite=False)
+        x = np.ascontiguousarray((target / self.scales.unit).T)
+        x = np.clip(x, np.finfo(F).min, np.finfo(F).max)
+        data = codec.quantize(x, form.name, R.diagonal()[own] ** 2, threads=1)
+        d, dmin, ls, lm = scales.read(form.name, data)
+        b, groups = own.start // form.block, slice(own.start // form.group, own.stop // form.group)
+        self.scales.d[b], self.scales.dmin[b] = d * self.scales.unit, dmin * self.scales.unit
+        self.scales.ls[groups], self.scales.lm[groups] = ls, lm
+
+    def _choose(self, choose: Choose, group: int, P: np.ndarray, R: np.ndarray, reach: int, *, keep: bool) -> None:
+        form, own = self.form, slice(group * self.form.group, (group + 1) * self.form.group)
+        a, m, step, offset = self.scales.candidates(form, group, reach)
+        best = np.empty(self.w.shape[1], np.int64)
+        E, codes = self.E[own], self.codes[own]
+        P, R, step, offset = (np.ascontiguousarray(x, F) for x in (P, R, step, offset))
+        choose(self.w[own], P, R, step, offset, form.levels, keep, E, codes, best)
+        self.scales.take(form, group, a, m, best)
+
+    def sweep(self, choose: Choose) -> None:
+        """Steps 2 and 3, panel by panel. G holds E H of the panel's columns."""
+        H, E, n, group = self.metric.H, self.E, len(self.w), self.form.group
+        for start in range(0, n, PANEL):
+            panel = slice(start, min(start + PANEL, n))
+            G = H[panel] @ E
+            for first in range(start, panel.stop, group):
+                own, i = slice(first, first + group), first // group
+                before = E[own].copy()
+                rest = G[first - start : first - start + group] - H[own, own] @ before
+                P = self.metric.inverse[i] @ rest
+                self._choose(choose, i, P, self.metric.root[i], REACH_SWEEP, keep=True)
+                G += H[panel, own] @ (E[own] - before)
+            if not self.form.free:
+                for first in range(start, panel.stop, self.form.block):
+                    self._refit(
+                        slice(first, first + self.form.block), G[first - start : first - start + self.form.block]
+                    )
+
+    def _refit(self, own: slice, G: np.ndarray) -> None:
+        """Step 3 for one super-block: what = d S - dmin M, codes fixed."""
+        form, s = self.form, self.scales
+        b, groups = own.start // form.block, slice(own.start // form.group, own.stop // form.group)
+        H, E = self.metric.H[own, own], self.E[own]
+        S = np.repeat(s.ls[groups], form.group, axis=0) * form.levels[self.codes[own]]
+        HS = H @ S
+        ss, sg = np.einsum("jr,jr->r", S, HS), np.einsum("jr,jr->r", S, G)
+        with np.errstate(all="ignore"):
+            if form.affine:
+                M = np.repeat(s.lm[groups], form.group, axis=0)
+                HM = H @ M
+                sm, mm = np.einsum("jr,jr->r", M, HS), np.einsum("jr,jr->r", M, HM)
+                mg = np.einsum("jr,jr->r", M, G)
+                determinant = ss * mm - sm * sm
+                d = s.stored(s.d[b] + (mm * sg - sm * mg) / determinant)
+                dmin = s.stored(s.dmin[b] + (sm * sg - ss * mg) / determinant)
+                usable = (determinant > 1e-5 * ss * mm) & (d >= 0) & (dmin >= 0)
+                change = (dmin - s.dmin[b]) * M - (d - s.d[b]) * S
+            else:
+                d, dmin = s.stored(s.d[b] + sg / ss), s.dmin[b]
+                usable = ss > 0
+                change = (s.d[b] - d) * S
+            change = np.where(usable, change, F(0))
+        gain = np.einsum("jr,jr->r", change, H @ change + 2 * G)
+        better = usable & (gain < 0)
+        change = np.where(better, change, F(0))
+        s.d[b], s.dmin[b] = np.where(better, d, s.d[b]), np.where(better, dmin, s.dmin[b])
+        E += change
+        G += H @ change

@@ -1,0 +1,167 @@
+"""The scales of encoded blocks: read out of the bytes, varied, improved, and written back with new codes.
+
+What error feedback needs to know of a format. Arrays are [.., rows]; weight j of a row is
+``step * levels[code] + offset`` with ``step = d * ls``, ``offset = -(dmin * lm)``, where d and dmin are half floats of
+the block and ls, lm integers of a group of its weights. In Q4_0 to Q5_1 the group is the block, ls and lm are 1 and
+the halves themselves are varied.
+
+Another family is added with its own `Grid` (levels that are not equally spaced do) and a line in `read` and `write`.
+Formats of weights that take one entry of a code book together need a `choose` of their own as well.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynq import formats
+from dynq.kernels import kquants, legacy
+from dynq.kernels.plans import PLANS
+
+F = np.float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a format's weights are stored.
+
+    group: weights that share a scale, block: weights encoded together; levels float32, ascending; affine: whether
+    there are offsets; bottom, top: range of the integers ls and lm, both 0 where a group has its own half floats.
+    """
+
+    name: str
+    block: int
+    group: int
+    levels: np.ndarray
+    affine: bool
+    bottom: int
+    top: int
+
+    @property
+    def free(self) -> bool:
+        """Whether the group has half floats of its own."""
+        return self.top == 0
+
+
+def grid(name: str) -> Grid | None:
+    """The grid of a format, None where error feedback does not know the format."""
+    if name not in PLANS or name == "Q8_0":
+        return None
+    plan = PLANS[name]
+    levels = np.arange(plan.low, plan.high + 1, dtype=F)
+    return Grid(name, formats.get(name).block, plan.sub, levels, plan.affine, plan.bottom, plan.top)
+
+
+@dataclass
+class Scales:
+    """The scales of some rows: d, dmin float32 [blocks, rows], ls, lm float32 [groups, rows].
+
+    All in the scaled world: `unit` float32 [rows] is the power of two that each row was multiplied by.
+    """
+
+    d: np.ndarray
+    dmin: np.ndarray
+    ls: np.ndarray
+    lm: np.ndarray
+    unit: np.ndarray
+
+    @classmethod
+    def empty(cls, form: Grid, n: int, unit: np.ndarray) -> "Scales":
+        rows = len(unit)
+        d, dmin = np.zeros((2, n // form.block, rows), F)
+        ls, lm = np.ones((2, n // form.group, rows), F)
+        return cls(d, dmin, ls, lm, unit)
+
+    def steps(self, form: Grid, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Step and offset of a group: float32 [rows] each."""
+        b = group * form.group // form.block
+        return self.d[b] * self.ls[group], -(self.dmin[b] * self.lm[group])
+
+    def stored(self, value: np.ndarray) -> np.ndarray:
+        """A half float as the decoder will see it, in the scaled world."""
+        return np.clip(value / self.unit, -65504, 65504).astype(np.float16).astype(F) * self.unit
+
+    def candidates(self, form: Grid, group: int, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Scales near a group's own: numbers a, m to be kept by `take`, steps and offsets; float32 [candidates, rows].
+
+        a and m are ls and lm, or d and dmin where the group has its own. Each side of the range of codes moves, so a
+        larger step goes with a lower offset.
+        """
+        b = group * form.group // form.block
+        moves = np.arange(-reach, reach + 1, dtype=F)
+        up = np.repeat(moves, len(moves))[:, None] if form.affine else moves[:, None]
+        down = np.tile(moves, len(moves))[:, None] if form.affine else np.zeros((1, 1), F)
+        if not form.free:
+            a = np.clip(self.ls[group] + up, form.bottom, form.top)
+            m = np.clip(self.lm[group] + down, 0, form.top) if form.affine else np.broadcast_to(self.lm[group], a.shape)
+            return a, m, self.d[b] * a, -(self.dmin[b] * m)
+        size = F(FRACTION / len(form.levels))
+        a = self.stored(self.d[b] * (1 + size * up))
+        # the middle of the range moves by down / 2 of what its ends move by
+        middle = F(form.levels.mean())
+        m = self.stored(self.dmin[b] + (a - self.d[b]) * middle + self.d[b] * (size * middle) * down)
+        m = m if form.affine else np.zeros_like(a)
+        return a, m, a, -m
+
+    def take(self, form: Grid, group: int, a: np.ndarray, m: np.ndarray, best: np.ndarray) -> None:
+        """Keep the candidate `best` int64 [rows] of a and m; none where it is -1."""
+        at = np.maximum(best, 0)[None]
+        kept = (self.d, self.dmin) if form.free else (self.ls, self.lm)
+        for old, new in zip(kept, (a, m), strict=True):
+            old[group] = np.where(best >= 0, np.take_along_axis(new, at, 0)[0], old[group])
+
+
+FRACTION = 0.4  # of a step: how far the outermost level moves from one candidate to the next
+
+
+def read(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """d, dmin float32 [blocks], ls, lm float32 [groups of a block, blocks] of uint8 [blocks, block_bytes]."""
+    none = np.zeros(len(data), F)
+    if name in ("Q4_0", "Q5_0"):
+        return _half(data, 0), none, np.ones((1, len(data)), F), np.ones((1, len(data)), F)
+    if name in ("Q4_1", "Q5_1"):
+        return _half(data, 0), -_half(data, 2), np.ones((1, len(data)), F), np.ones((1, len(data)), F)
+    if name == "Q2_K":
+        return _half(data, 80), _half(data, 82), _f(data[:, :16] & 15), _f(data[:, :16] >> 4)
+    if name == "Q3_K":
+        lower = np.concatenate([data[:, 96:104] & 15, data[:, 96:104] >> 4], axis=1)
+        upper = np.concatenate([data[:, 104:108] >> 2 * i & 3 for i in range(4)], axis=1)
+        return _half(data, 108), none, _f(lower | upper << 4) - 32, np.ones((16, len(data)), F)
+    if name == "Q6_K":
+        levels = np.ascontiguousarray(data[:, 192:208]).view(np.int8)
+        return _half(data, 208), none, _f(levels), np.ones((16, len(data)), F)
+    a, m, both = data[:, 4:8], data[:, 8:12], data[:, 12:16]
+    scales = np.concatenate([a & 63, both & 15 | (a >> 6) << 4], axis=1)
+    minima = np.concatenate([m & 63, both >> 4 | (m >> 6) << 4], axis=1)
+    return _half(data, 0), _half(data, 2), _f(scales), _f(minima)
+
+
+def write(form: Grid, scales: Scales, codes: np.ndarray, out: np.ndarray) -> None:
+    """Fill uint8 out [rows, row_bytes] from codes uint8 [n, rows]."""
+    n, rows = codes.shape
+    name, blocks = form.name, n // form.block
+    q = np.ascontiguousarray(codes.T).reshape(rows * blocks, form.block)
+    d, dmin = (_bits(x / scales.unit) for x in (scales.d, scales.dmin))
+    ls, lm = (x.T.reshape(rows * blocks, form.block // form.group) for x in (scales.ls, scales.lm))
+    out = out.reshape(rows * blocks, -1)
+    if form.free:
+        legacy.pack(q, d, _bits(-scales.dmin / scales.unit), form.affine, name[1] == "5", out)
+    elif name == "Q2_K":
+        kquants.pack_q2_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, out)
+    elif name in ("Q4_K", "Q5_K"):
+        kquants.pack_q45_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, name == "Q5_K", out)
+    else:
+        (kquants.pack_q3_k if name == "Q3_K" else kquants.pack_q6_k)(q, ls.astype(np.int8), d, out)
+
+
+def _half(data: np.ndarray, at: int) -> np.ndarray:
+    return np.ascontiguousarray(data[:, at : at + 2]).view(np.float16)[:, 0].astype(F)
+
+
+def _f(values: np.ndarray) -> np.ndarray:
+    """[blocks, groups] of integers to float32 [groups, blocks]."""
+    return np.ascontiguousarray(values.T).astype(F)
+
+
+def _bits(values: np.ndarray) -> np.ndarray:
+    """float32 [blocks, rows] to the bits of half floats, uint16 [rows * blocks]."""
+    return np.clip(values.T, -65504, 65504).astype(np.float16).ravel().view(np.uint16)
