@@ -206,7 +206,7 @@ def _decoder(name: str) -> Encode:
         elif name == "F16":
             floats.decode_f16(rows.view(np.uint16).ravel(), out.ravel())
         elif name == "BF16":
-            np.left_shift(rows.view(np.uint16), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
+            floats.decode_bf16(rows.view(np.uint16).ravel(), out.view(np.uint32).ravel())
         else:
             FAMILIES[name].decode(name, rows.reshape(-1, form.block_bytes), out.reshape(-1, form.block))
 

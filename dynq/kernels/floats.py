@@ -86,3 +86,10 @@ def decode_f16(halves, out):
         finite = np.float32(moved.view(np.float32) * np.float32(2.0**112)).view(U)
         value = U(moved | U(0x7F800000)) if moved >= U(0x0F800000) else finite
         out[i] = U(value | U(U(h & U(0x8000)) << U(16))).view(np.float32)
+
+
+@kernel
+def decode_bf16(upper, out):
+    """Bits of BF16, uint16 [n], to float32 given by its bits, uint32 [n]."""
+    for i in range(upper.shape[0]):
+        out[i] = U(U(upper[i]) << U(16))

@@ -359,33 +359,52 @@ def pack_q6_k(codes, scales, d, out):
 
 @kernel
 def decode_q2_k(data, half, out):
-    """Blocks uint8 [blocks, 84] to float32 [blocks, 256]; `half` is the float32 of every half float, by its bits."""
+    """Blocks uint8 [blocks, 84] to float32 [blocks, 256]; `half` is the float32 of every half float, by its bits.
+
+    First all codes, in loops of 32 bytes, then all products. The counts come from `out`: a loop of a known 16 is
+    unrolled, and then not vectorised.
+    """
+    codes = np.empty(256, np.uint8)
+    n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
         d, dmin = _get_half(data, b, 80, half), _get_half(data, b, 82, half)
+        for c in (0, 128):
+            at = 16 + c // 4
+            for k in range(n):
+                four = data[b, at + k]
+                codes[c + k] = four & np.uint8(3)
+                codes[c + k + 32] = (four >> np.uint8(2)) & np.uint8(3)
+                codes[c + k + 64] = (four >> np.uint8(4)) & np.uint8(3)
+                codes[c + k + 96] = four >> np.uint8(6)
         for s in range(16):
             scale = d * np.float32(data[b, s] & np.uint8(15))
             offset = dmin * np.float32(data[b, s] >> np.uint8(4))
-            at, shift = 16 + 32 * (s // 8) + 16 * (s % 2), np.uint8(2 * (s % 8 // 2))
-            for k in range(16):
-                code = np.int32(np.uint8(data[b, at + k] >> shift) & np.uint8(3))
-                out[b, 16 * s + k] = scale * np.float32(code) - offset
+            for k in range(sub):
+                out[b, 16 * s + k] = scale * np.float32(np.int32(codes[16 * s + k])) - offset
 
 
 @kernel
 def decode_q3_k(data, half, out):
     """As decode_q2_k, for Q3_K."""
+    codes = np.empty(256, np.uint8)
+    n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
         d = _get_half(data, b, 108, half)
+        for h in range(2):
+            at, c = 32 + 32 * h, 128 * h
+            for k in range(n):
+                four = data[b, at + k]
+                third = data[b, k] >> np.uint8(4 * h)
+                codes[c + k] = (four & np.uint8(3)) | ((third & np.uint8(1)) << np.uint8(2))
+                codes[c + k + 32] = ((four >> np.uint8(2)) & np.uint8(3)) | ((third & np.uint8(2)) << np.uint8(1))
+                codes[c + k + 64] = ((four >> np.uint8(4)) & np.uint8(3)) | (third & np.uint8(4))
+                codes[c + k + 96] = (four >> np.uint8(6)) | ((third & np.uint8(8)) >> np.uint8(1))
         for s in range(16):
             lower = (data[b, 96 + s % 8] >> (4 * (s // 8))) & 15
             upper = (data[b, 104 + s % 4] >> (2 * (s // 4))) & 3
             scale = d * np.float32(np.int32(lower | (upper << 4)) - np.int32(32))
-            at, shift, bit = 16 * (s % 2), np.uint8(2 * (s % 8 // 2)), np.uint8(s // 2)
-            two = 32 + 32 * (s // 8) + at
-            for k in range(16):
-                code = np.int32(np.uint8(data[b, two + k] >> shift) & np.uint8(3))
-                third = np.int32(np.uint8(data[b, at + k] >> bit) & np.uint8(1))
-                out[b, 16 * s + k] = scale * np.float32(code + third * np.int32(4) - np.int32(4))
+            for k in range(sub):
+                out[b, 16 * s + k] = scale * np.float32(np.int32(np.int32(codes[16 * s + k]) - np.int32(4)))
 
 
 @kernel
@@ -416,18 +435,22 @@ def decode_q45_k(data, half, five, out):
 @kernel
 def decode_q6_k(data, half, out):
     """As decode_q2_k, for Q6_K."""
+    codes = np.empty(256, np.uint8)
+    n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
         d = _get_half(data, b, 208, half)
+        for h in range(2):
+            low, at, c = 64 * h, 128 + 32 * h, 128 * h
+            for k in range(n):
+                pair, other, upper = data[b, low + k], data[b, low + k + 32], data[b, at + k]
+                codes[c + k] = (pair & np.uint8(15)) | ((upper & np.uint8(3)) << np.uint8(4))
+                codes[c + k + 32] = (other & np.uint8(15)) | ((upper & np.uint8(12)) << np.uint8(2))
+                codes[c + k + 64] = (pair >> np.uint8(4)) | (upper & np.uint8(48))
+                codes[c + k + 96] = (other >> np.uint8(4)) | ((upper & np.uint8(192)) >> np.uint8(2))
         for s in range(16):
             scale = d * np.float32(np.int8(data[b, 192 + s]))
-            h, quarter, at = s // 8, s % 8 // 2, 16 * (s % 2)
-            low = 64 * h + 32 * (quarter % 2) + at
-            high = 128 + 32 * h + at
-            shift, upper = np.uint8(4 * (quarter // 2)), np.uint8(2 * quarter)
-            for k in range(16):
-                code = np.int32(np.uint8(data[b, low + k] >> shift) & np.uint8(15))
-                two = np.int32(np.uint8(data[b, high + k] >> upper) & np.uint8(3))
-                out[b, 16 * s + k] = scale * np.float32(code + two * np.int32(16) - np.int32(32))
+            for k in range(sub):
+                out[b, 16 * s + k] = scale * np.float32(np.int32(np.int32(codes[16 * s + k]) - np.int32(32)))
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:

@@ -22,13 +22,17 @@ from dynq.kernels.floats import half, half_table, single
 from dynq.kernels.plans import pairs, plan_of
 
 LANES = 64  # blocks side by side
+BIT = (np.uint32(1) << np.arange(32, dtype=np.uint32)).view(np.int32)
 
 
 @kernel
 def _range(x, b):
-    """Smallest and largest of the 32 weights of block b, by integers of the same order: such a reduction vectorises."""
+    """Smallest and largest of the 32 weights of block b, by integers of the same order: such a reduction vectorises.
+
+    Here as below counts come from an array's shape: a loop of few known steps is unrolled, and then not vectorised.
+    """
     lowest, highest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for i in range(32):
+    for i in range(x.shape[1]):
         bits = np.float32(x[b, i]).view(np.int32)
         key = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
         lowest = key if key < lowest else lowest
@@ -128,8 +132,9 @@ def round_symmetric(x, low, high, upward, codes, d):
             scale = single(bits)
             inverse[j] = ONE / scale if scale != ZERO else ZERO
         for j in range(count):
-            for i in range(32):
-                q = np.rint(x[first + j, i] * inverse[j])
+            factor = inverse[j]
+            for i in range(x.shape[1]):
+                q = np.rint(x[first + j, i] * factor)
                 q = q if q > low else low
                 q = q if q < high else high
                 codes[first + j, i] = np.uint8(np.int32(q - low))
@@ -142,18 +147,20 @@ def round_affine(x, high, codes, d, m):
     lowest, highest, inverse, offset = A[0], A[1], A[2], A[3]
     for first in range(0, x.shape[0], LANES):
         count = min(LANES, x.shape[0] - first)
+        scales, starts = d[first : first + count], m[first : first + count]
         for j in range(count):
             lowest[j], highest[j] = _range(x, first + j)
         for j in range(count):
-            bits, start = half(highest[j] / high - lowest[j] / high), half(lowest[j])
-            d[first + j] = bits
-            m[first + j] = start
+            bits, lower = half(highest[j] / high - lowest[j] / high), half(lowest[j])
+            scales[j] = bits
+            starts[j] = lower
             scale = single(bits)
-            offset[j] = single(start)
+            offset[j] = single(lower)
             inverse[j] = ONE / scale if scale != ZERO else ZERO
         for j in range(count):
-            for i in range(32):
-                q = np.rint((x[first + j, i] - offset[j]) * inverse[j])
+            start, factor = offset[j], inverse[j]
+            for i in range(x.shape[1]):
+                q = np.rint((x[first + j, i] - start) * factor)
                 q = q if q > ZERO else ZERO
                 q = q if q < high else high
                 codes[first + j, i] = np.uint8(np.int32(q))
@@ -162,6 +169,7 @@ def round_affine(x, high, codes, d, m):
 @kernel
 def pack(codes, d, m, affine, five, out):
     """Codes from 0 (uint8 [blocks, 32]) and half floats (uint16 [blocks]) to Q4_0 .. Q5_1 blocks in `out`."""
+    n = codes.shape[1] // 2
     for b in range(codes.shape[0]):
         out[b, 0] = np.uint8(d[b])
         out[b, 1] = np.uint8(d[b] >> 8)
@@ -171,14 +179,14 @@ def pack(codes, d, m, affine, five, out):
             out[b, 3] = np.uint8(m[b] >> 8)
             at = 4
         if five:
+            fifth = np.uint32(0)
+            for k in range(codes.shape[1]):
+                fifth |= np.uint32(np.uint32(codes[b, k] >> np.uint8(4)) << np.uint32(k))
             for byte in range(4):
-                bits = np.uint8(0)
-                for k in range(8):
-                    bits |= np.uint8((codes[b, 8 * byte + k] >> 4) << k)
-                out[b, at + byte] = bits
+                out[b, at + byte] = np.uint8(fifth >> np.uint32(8 * byte))
             at += 4
-        for k in range(16):
-            out[b, at + k] = np.uint8((codes[b, k] & 15) | ((codes[b, k + 16] & 15) << 4))
+        for k in range(n):
+            out[b, at + k] = np.uint8((codes[b, k] & np.uint8(15)) | (codes[b, k + 16] << np.uint8(4)))
 
 
 @kernel
@@ -187,7 +195,7 @@ def pack_q8_0(codes, d, out):
     for b in range(codes.shape[0]):
         out[b, 0] = np.uint8(d[b])
         out[b, 1] = np.uint8(d[b] >> 8)
-        for k in range(32):
+        for k in range(codes.shape[1]):
             out[b, 2 + k] = codes[b, k] ^ np.uint8(128)
 
 
@@ -195,6 +203,7 @@ def pack_q8_0(codes, d, out):
 def decode_nibbles(data, half, affine, five, out):
     """Blocks uint8 [blocks, bytes] to float32 [blocks, 32]; `half` is the float32 of every half float, by its bits."""
     low = np.int32(0 if affine else (16 if five else 8))
+    n = out.shape[1] // 2
     for b in range(data.shape[0]):
         d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
         at = 2
@@ -202,20 +211,18 @@ def decode_nibbles(data, half, affine, five, out):
         if affine:
             m = half[np.uint32(data[b, 2]) | (np.uint32(data[b, 3]) << np.uint32(8))]
             at = 4
-        fifth = np.uint32(0)
+        fifth = np.int32(0)
         if five:
             for byte in range(4):
-                fifth |= np.uint32(data[b, at + byte]) << np.uint32(8 * byte)
+                fifth |= np.int32(data[b, at + byte]) << np.int32(8 * byte)
             at += 4
-        for k in range(16):
+        for k in range(n):
             pair = np.int32(data[b, at + k])
-            below = (pair & np.int32(15)) | ((np.int32(fifth >> np.uint32(k)) & np.int32(1)) << np.int32(4))
-            above = (pair >> np.int32(4)) | ((np.int32(fifth >> np.uint32(k + 16)) & np.int32(1)) << np.int32(4))
-            out[b, k] = d * np.float32(below - low)
-            out[b, k + 16] = d * np.float32(above - low)
-        if affine:
-            for k in range(32):
-                out[b, k] += m
+            below = (pair & np.int32(15)) | (np.int32(16) if fifth & BIT[k] else np.int32(0))
+            above = (pair >> np.int32(4)) | (np.int32(16) if fifth & BIT[k + 16] else np.int32(0))
+            first, second = d * np.float32(np.int32(below - low)), d * np.float32(np.int32(above - low))
+            out[b, k] = first + m if affine else first
+            out[b, k + 16] = second + m if affine else second
 
 
 @kernel
@@ -223,8 +230,8 @@ def decode_q8_0(data, half, out):
     """As decode_nibbles, for Q8_0."""
     for b in range(data.shape[0]):
         d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
-        for k in range(32):
-            out[b, k] = np.float32(np.int8(data[b, 2 + k])) * d
+        for k in range(out.shape[1]):
+            out[b, k] = np.float32(np.int32(np.int8(data[b, 2 + k]))) * d
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
