@@ -266,12 +266,15 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
     """KLD against size for everything that was scored; between two mixes the line is log KLD linear in bytes."""
     style = {
         "mix": ("llama.cpp's mixes", ORANGE, "lines+markers+text"),
+        "other mix": ("the mix asked for", ORANGE, "markers+text"),
         "uniform": ("one format", PINK, "markers+text"),
         "dynamic": ("dynq", BLUE, "markers+text"),
     }
     figure = go.Figure()
     for kind, (name, colour, mode) in style.items():
         own = [entry for entry in evaluation["files"] if entry["kind"] == kind]
+        if not own:
+            continue
         figure.add_scatter(
             x=[entry["tensor_bytes"] / 1e6 for entry in own],
             y=[entry["statistics"]["Mean KLD"] for entry in own],

@@ -280,7 +280,8 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
             f"  size         {own['file_bytes'] / 2**30:.3f} GiB ({own['file_bytes']:,} bytes), {own['bpw']:.3f} bpw",
             f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})",
         ]
-        rivals = [by_label[label] for label in dict.fromkeys(target[key] for key in ("below", "above", "uniform"))]
+        labels = [target.get(key) for key in ("below", "above", "like", "uniform")]
+        rivals = [by_label[label] for label in dict.fromkeys(labels) if label]
         where = "at the same bytes" if target["inside"] else "(none is of that size: the nearest)"
         lines += [
             f"  KLD ratio    {target['kld_ratio']:.2f} of llama.cpp's mixes {where}: {target['mix_kld']:.4f}",

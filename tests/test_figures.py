@@ -122,11 +122,19 @@ def test_frontier_draws_each_kind():
     statistics["Same top p"] = 0.75
     files = [
         {"label": label, "kind": kind, "tensor_bytes": size, "bpw": 3.0, "statistics": statistics}
-        for label, kind, size in (("Q2_K", "mix", 5), ("dynq 3bpw", "dynamic", 6), ("uniform Q3_K", "uniform", 6))
+        for label, kind, size in (
+            ("IQ2_M", "mix", 5),
+            ("dynq 3bpw", "dynamic", 6),
+            ("uniform Q3_K", "uniform", 6),
+            ("Q2_K", "other mix", 6),
+            ("IQ3_S", "mix", 7),
+        )
     ]
     picture = figures.frontier({"files": files, "model": {"name": "m"}})
-    assert [list(trace.text) for trace in picture.figure.data] == [["Q2_K"], ["Q3_K"], ["3bpw"]]
-    assert [row[0] for row in cells(picture)] == ["file", "Q2_K", "dynq 3bpw", "uniform Q3_K"]
+    assert [list(trace.text) for trace in picture.figure.data] == [["IQ2_M", "IQ3_S"], ["Q2_K"], ["Q3_K"], ["3bpw"]]
+    assert [row[0] for row in cells(picture)] == ["file", "IQ2_M", "dynq 3bpw", "uniform Q3_K", "Q2_K", "IQ3_S"]
+    only = figures.frontier({"files": files[:1], "model": {"name": "m"}})
+    assert [list(trace.text) for trace in only.figure.data] == [["IQ2_M"]]
     assert cells(picture)[1][-1] == "75"
 
 

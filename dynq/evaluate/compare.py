@@ -1,7 +1,9 @@
 """A dynamic file beside what it must beat: llama.cpp's mixes around its size, and one format for everything.
 
-All of them are encoded with the same importance matrix and scored on the same text. A mix is never written to disk:
-its tensors are encoded and decoded in memory, which gives the weights that its file would hold.
+All of them are encoded with the same importance matrix and scored on the same text. The two mixes around a file are of
+mixes.BASELINES; a target such as like:Q2_K brings in the mix it names as well, which the ratio takes no notice of. A
+mix is never written to disk: its tensors are encoded and decoded in memory, which gives the weights that its file
+would hold.
 """
 
 import hashlib
@@ -13,6 +15,7 @@ from typing import Any
 
 import dynq
 from dynq import export, formats, mixes
+from dynq.allocate import parse_target
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.evaluate import kld
 from dynq.folder import RunFolder, content_hash, file_safe
@@ -26,7 +29,11 @@ UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to score. kind: "dynamic" (then `file` names a GGUF of the run folder), "mix" or "uniform"."""
+    """Something to score.
+
+    kind: "dynamic" (then `file` names a GGUF of the run folder), "mix" (one of mixes.BASELINES), "other mix" or
+    "uniform".
+    """
 
     label: str
     kind: str
@@ -79,6 +86,10 @@ def compare(
         same = uniform_below(recipe.tensor_bytes, tensors)
         own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, recipe.predicted_kld)
         beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
+        like = parse_target(target).like
+        if like and like not in around[:2]:
+            kind = "mix" if like in mixes.BASELINES else "other mix"
+            beside.append(Contender(like, kind, mixes.mix(like, tensors, metadata, True)))
         beside.append(Contender(f"uniform {same}", "uniform", uniform(same, tensors)))
         contenders |= {c.label: c for c in [own, *beside]}
         verdicts.append(
@@ -89,6 +100,7 @@ def compare(
                 "below": around.below,
                 "above": around.above,
                 "inside": around.inside,
+                "like": like or None,
                 "uniform": beside[-1].label,
             }
         )

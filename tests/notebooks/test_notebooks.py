@@ -51,7 +51,7 @@ def test_evaluation_compares_at_the_same_bytes(quick_run):
     own, below, above = (by_label[target[key]] for key in ("label", "below", "above"))
     assert below["tensor_bytes"] <= own["tensor_bytes"] <= above["tensor_bytes"]
     low, high = sorted(entry["statistics"]["Mean KLD"] for entry in (below, above))
-    assert low <= target["mix_kld"] <= high
+    assert low <= target["mix_kld"] <= high and target["mix_kld"] <= below["statistics"]["Mean KLD"]
     assert target["kld_ratio"] == pytest.approx(own["statistics"]["Mean KLD"] / target["mix_kld"])
     assert by_label[target["uniform"]]["tensor_bytes"] <= own["tensor_bytes"]
     assert own["kind"] == "dynamic" and own["file_bytes"] > own["tensor_bytes"]
@@ -170,7 +170,8 @@ def test_second_target_reuses_what_is_there(quick_run, tmp_path):
         assert (folder / "notebooks" / name).exists()
     like = next(e for e in evaluation["files"] if e["label"] == "dynq like:Q2_K")
     mix = next(e for e in evaluation["files"] if e["label"] == "Q2_K")
-    assert like["tensor_bytes"] <= mix["tensor_bytes"]
+    assert like["tensor_bytes"] <= mix["tensor_bytes"] and mix["kind"] == "other mix"
+    assert evaluation["targets"][1]["like"] == "Q2_K" not in [evaluation["targets"][1][k] for k in ("below", "above")]
 
 
 def test_other_parameters_are_refused(quick_run):
