@@ -58,10 +58,13 @@ def _magnitudes(X, even, signs, odd):
 
 @kernel
 def _scales(X, W, low, spacing, top, tries, S, A):
-    """Per lane: a scale S for which the values low, low + spacing, ... fit |x| best, the code book left aside."""
+    """Per lane: a scale S for which the values low, low + spacing, ... fit |x| best, the code book left aside.
+
+    A float32 [6, lanes]: all but the first row is scratch.
+    """
     n, lanes = X.shape
     per = ONE / spacing
-    largest, best, sll, sxl, inverse = A[0], A[1], A[2], A[3], A[4]
+    largest, best, sll, sxl, inverse = A[1], A[2], A[3], A[4], A[5]
     for j in range(lanes):
         S[j] = ZERO
         best[j] = ZERO
@@ -394,13 +397,13 @@ def _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, U, V)
 
 
 @kernel
-def _descend(S, sll, sxl, unit, D, L):
+def _descend(sll, sxl, unit, D, L):
     """Entries fixed: per lane the best level, then per super-block the best stored float."""
     group = unit.shape[0]
     for g in range(group):
         inverse = ONE / D[g] if D[g] > TINY else ZERO
         aa, ax = ZERO, ZERO
-        for j in range(g, S.shape[0], group):
+        for j in range(g, L.shape[0], group):
             q = np.rint((sxl[j] / sll[j] * inverse - ONE) * HALF)
             q = q if q > ZERO else ZERO
             q = q if q < TOP else TOP
@@ -412,65 +415,84 @@ def _descend(S, sll, sxl, unit, D, L):
 
 
 @kernel
+def _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys, best_flips):
+    """Where the super-block's error fell below `best`, keep its numbers; entries as point * count + candidate."""
+    group = D.shape[0]
+    for g in range(group):
+        total[g] = ZERO
+    for j in range(0, E.shape[0], group):
+        for g in range(group):
+            total[g] += E[j + g]
+    for j in range(0, E.shape[0], group):
+        for g in range(group):
+            E[j + g] = ONE if total[g] < best[g] else ZERO
+    for g in range(group):
+        best_D[g] = D[g] if total[g] < best[g] else best_D[g]
+        best[g] = total[g] if total[g] < best[g] else best[g]
+    for j in range(E.shape[0]):
+        best_L[j] = L[j] if E[j] > ZERO else best_L[j]
+    for i in range(P.shape[0]):
+        for j in range(E.shape[0]):
+            best_keys[i, j] = P[i, j] * count + keys[i, j] if E[j] > ZERO else best_keys[i, j]
+    for o in range(flips.shape[0]):
+        for j in range(E.shape[0]):
+            best_flips[o, j] = flips[o, j] if E[j] > ZERO else best_flips[o, j]
+
+
+@kernel
 def fit(
     x, w, sub, dim, step, low, spacing, top, even, names, values, tries, ends, choices, rounds, entries, signs, levels, d
 ):
     """Choose everything that blocks store.
 
-    x float32 [blocks, 256]; w float32 [blocks of a row, 256]; sub .. even: dynq.kernels.grids.Grid; names, values: the
-    neighbours; tries .. rounds: dynq.kernels.grids.Plan. Out: entries uint16 [blocks, 256 / dim], signs uint8
+    x float32 [blocks, 256]; w float32 [blocks of a row, 256]; sub to even: dynq.kernels.grids.Grid; names, values: its
+    neighbours; tries to rounds: dynq.kernels.grids.Plan. Out: entries uint16 [blocks, 256 / dim], signs uint8
     [blocks, 32], levels uint8 [blocks, 256 / sub], d uint16 [blocks].
     """
-    subs = 256 // sub
-    lanes, group, groups = LANES, LANES // subs, sub // dim
-    X = np.empty((sub, lanes), np.float32)
-    W = np.empty((sub, lanes), np.float32)
-    T = np.empty((sub, lanes), np.float32)
-    G = np.empty((sub, lanes), np.float32)
-    minus = np.empty((sub // 8, lanes), np.uint8)
-    odd = np.empty((sub // 8, lanes), np.uint8)
-    flips = np.empty((sub // 8, lanes), np.uint8)
-    P = np.empty((groups, lanes), np.int32)
-    keys = np.empty((2 * groups, lanes), np.int32)
-    A = np.empty((8, lanes), np.float32)
-    S, E, sll, sxl, L, inverse = A[0], A[1], A[2], A[3], A[4], A[5]
-    A2 = np.empty((8, lanes), np.float32)
-    B = np.empty((4, group), np.float32)
-    unit, D, best, total = B[0], B[1], B[2], B[3]
-    Z = np.empty((2 * groups, values.shape[1] // dim * 2), np.float32)
+    subs, octets, groups, count = 256 // sub, sub // 8, sub // dim, names.shape[1]
+    group = LANES // subs
+    X = np.empty((sub, LANES), np.float32)
+    W = np.empty((sub, LANES), np.float32)
+    T = np.empty((sub, LANES), np.float32)
+    G = np.empty((sub, LANES), np.float32)
+    A = np.empty((7, LANES), np.float32)
+    S, E, sll, sxl, L, best_L, inverse = A[0], A[1], A[2], A[3], A[4], A[5], A[6]
+    B = np.empty((5, group), np.float32)
+    unit, D, best_D, best, total = B[0], B[1], B[2], B[3], B[4]
+    C = np.empty((4 * octets, LANES), np.uint8)
+    minus, odd, flips, best_flips = C[:octets], C[octets : 2 * octets], C[2 * octets : 3 * octets], C[3 * octets :]
+    P = np.empty((groups, LANES), np.int32)
+    keys = np.empty((2 * groups, LANES), np.int32)
+    best_keys = np.empty((groups, LANES), np.int32)
+    Z = np.empty((2 * groups, 2 * count), np.float32)
     M = np.empty((2 * groups, TRIALS * choices), np.float32)
     U = np.empty(SCALES + TRIALS * choices, np.float32)
-    V = np.empty((lanes, TRIALS), np.float32)
+    V = np.empty((LANES, TRIALS), np.float32)
     for first in range(0, x.shape[0], group):
         load(x, w, first, sub, X, W, unit)
         for g in range(group):
             unit[g] *= step
             best[g] = INFINITY
         _magnitudes(X, even, minus, odd)
-        _scales(X, W, low, spacing, top, tries, S, A2)
+        _scales(X, W, low, spacing, top, tries, S, A)
         _points(X, S, low, spacing, top, dim, inverse, T, P)
         _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, U, V)
         for r in range(rounds + 1):
-            for j in range(lanes):
-                S[j] = D[j % group] * L[j]
+            for j in range(0, LANES, group):
+                for g in range(group):
+                    S[j + g] = D[g] * L[j + g]
             _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips)
             _measure(X, W, G, S, E, sll, sxl)
-            for g in range(group):
-                total[g] = ZERO
-            for s in range(subs):
-                for g in range(group):
-                    total[g] += E[s * group + g]
-            for g in range(min(group, x.shape[0] - first)):
-                if total[g] < best[g]:
-                    best[g] = total[g]
-                    b = first + g
-                    d[b] = half(D[g] / unit[g])
-                    for s in range(subs):
-                        j = s * group + g
-                        levels[b, s] = np.uint8(L[j] * HALF)
-                        for i in range(groups):
-                            entries[b, s * groups + i] = names[P[i, j], keys[i, j]]
-                        for o in range(sub // 8):
-                            signs[b, s * (sub // 8) + o] = minus[o, j] ^ flips[o, j]
+            _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys, best_flips)
             if r < rounds:
-                _descend(S, sll, sxl, unit, D, L)
+                _descend(sll, sxl, unit, D, L)
+        for g in range(min(group, x.shape[0] - first)):
+            b = first + g
+            d[b] = half(best_D[g] / unit[g])
+            for s in range(subs):
+                j = s * group + g
+                levels[b, s] = np.uint8(best_L[j] * HALF)
+                for i in range(groups):
+                    entries[b, s * groups + i] = names[best_keys[i, j] // count, best_keys[i, j] % count]
+                for o in range(octets):
+                    signs[b, s * octets + o] = minus[o, j] ^ best_flips[o, j]
