@@ -32,6 +32,10 @@ PROFILES: dict[str, frozenset[str] | None] = {
     "k-quants": frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16"}),
 }
 """Name -> the formats it allows (None: all)."""
+_CANDIDATES = (
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K"),
+    *("Q5_K", "Q6_K", "Q8_0", "F16"),
+)  # the other formats err more at the same bytes; a profile brings them in
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _SPELLED = {"kb": "kB", "mb": "MB", "gb": "GB", "tb": "TB", "kib": "KiB", "mib": "MiB", "gib": "GiB", "tib": "TiB"}
@@ -90,14 +94,14 @@ def parse_pins(texts: Iterable[str]) -> dict[str, str]:
 def candidates(names: Iterable[str], profile: str) -> list[str]:
     """The formats that a sensitivity table needs: `names`, and those of dynq's that the profile allows.
 
-    DynqError: an unknown format or profile.
+    Without names those of the profile alone; for "all", the best known at each size. DynqError: an unknown format or
+    profile.
     """
     if profile not in PROFILES:
         raise DynqError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
-    allowed = PROFILES[profile] or ()
-    return list(
-        dict.fromkeys([formats.get(name).name for name in names] + [n for n in formats.FORMATS if n in allowed])
-    )
+    named = [formats.get(name).name for name in names]
+    allowed = PROFILES[profile] or (() if named else _CANDIDATES)
+    return list(dict.fromkeys(named + [name for name in formats.FORMATS if name in allowed]))
 
 
 # --- the solver -------------------------------------------------------------------------------------------------------

@@ -30,9 +30,6 @@ from dynq.imatrix import Importance
 from dynq.progress import progress
 from dynq.torch_model import set_tensor
 
-DEFAULT_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-"""Candidates of a table. The legacy formats err more at the same bytes; a profile (``cpu-arm``) brings them in."""
-
 SCHEMA = pa.schema(
     [
         ("tensor", pa.string()),
@@ -78,7 +75,7 @@ def sensitivity(
     checkpoint: Checkpoint,
     folder: Path,
     importance: Importance | None,
-    candidates: Iterable[str] = DEFAULT_FORMATS,
+    candidates: Iterable[str],
     *,
     level: str = "plain",
     threads: int | None = None,
