@@ -21,6 +21,11 @@ def gaussian(rows: int, n: int, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((rows, n)) * 0.05).astype(np.float32)
 
 
+def needed(name: str, n: int) -> np.ndarray | None:
+    """None where the format can be encoded so, else an importance of ones."""
+    return np.ones(n, np.float32) if formats.get(name).needs_importance else None
+
+
 def bf16_tensors() -> list[tuple[str, np.ndarray]]:
     import torch
 
@@ -47,7 +52,7 @@ def test_decoding_equals_gguf_py_on_random_bytes(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding_equals_gguf_py_on_encoded_weights(name: str):
-    data = codec.quantize(gaussian(8, 512), name)
+    data = codec.quantize(gaussian(8, 512), name, needed(name, 512))
     expected = quants.dequantize(data, GGMLQuantizationType[name])
     np.testing.assert_array_equal(codec.dequantize(data, name).view(np.uint32), expected.view(np.uint32))
 
@@ -60,12 +65,12 @@ def test_error_is_never_above_llama_cpps_on_the_embedded_model(name: str):
     for key, weights in bf16_tensors():
         weights = weights[:1024]
         importance = np.exp(1.5 * rng.standard_normal(weights.shape[1])).astype(np.float32)
-        for columns in (None, importance):
+        for columns in (needed(name, len(importance)), importance):
             ours, theirs = (
                 codec.weighted_error(weights, codec.dequantize(data, name), columns)
                 for data in (codec.quantize(weights, name, columns), oracle.quantize(weights, name, columns))
             )
-            assert ours <= theirs * 1.00005, (key, columns is not None, ours / theirs)
+            assert ours <= theirs * 1.00005, (key, columns is importance, ours / theirs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,12 +85,13 @@ def test_bytes_do_not_depend_on_threads(name: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_leading_dimensions_and_strides(name: str):
     weights = gaussian(6, 512).reshape(2, 3, 512)
-    data = codec.quantize(weights, name)
+    columns = needed(name, 512)
+    data = codec.quantize(weights, name, columns)
     assert data.shape == (2, 3, formats.row_bytes(name, 512))
-    np.testing.assert_array_equal(data[1, 2], codec.quantize(weights[1, 2], name))
-    np.testing.assert_array_equal(data[:, ::2], codec.quantize(weights[:, ::2], name))
+    np.testing.assert_array_equal(data[1, 2], codec.quantize(weights[1, 2], name, columns))
+    np.testing.assert_array_equal(data[:, ::2], codec.quantize(weights[:, ::2], name, columns))
     assert codec.dequantize(data, name).shape == weights.shape
-    assert codec.quantize(weights[:0], name).shape == (0, 3, data.shape[-1])
+    assert codec.quantize(weights[:0], name, columns).shape == (0, 3, data.shape[-1])
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,16 +106,16 @@ def test_extreme_values_stay_finite(name: str, value: float, other: float, zeros
     weights[1, 77] = other
     importance = np.zeros(256, np.float32)
     importance[0] = 0.0 if zeros else 1e30
-    for columns in (None, importance):
+    for columns in (needed(name, 256), importance):
         assert np.isfinite(codec.dequantize(codec.quantize(weights, name, columns), name)).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q6_K", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
 def test_importance_moves_the_error_to_where_it_matters_less(name: str):
     weights = gaussian(64, 512)
     importance = np.where(np.arange(512) % 4 == 0, 100, 1).astype(np.float32)
     with_it = codec.dequantize(codec.quantize(weights, name, importance), name)
-    without = codec.dequantize(codec.quantize(weights, name), name)
+    without = codec.dequantize(codec.quantize(weights, name, needed(name, 512)), name)
     assert codec.weighted_error(weights, with_it, importance) < 0.9 * codec.weighted_error(weights, without, importance)
 
 

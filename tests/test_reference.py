@@ -33,12 +33,14 @@ def tensors(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray | None]:
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None)
-@given(case=tensors())
-def test_kernel_and_twin_write_the_same_bytes(name: str, case: tuple[np.ndarray, np.ndarray | None]):
+@given(case=tensors(), level=st.sampled_from(codec.LEVELS))
+def test_kernel_and_twin_write_the_same_bytes(name: str, case: tuple[np.ndarray, np.ndarray | None], level: str):
     weights, importance = case
+    if importance is None and formats.get(name).needs_importance:
+        importance = np.ones(weights.shape[1], np.float32)
     columns = None if importance is None else codec._columns(importance, weights.shape[1], formats.get(name).block)
-    ours = codec.quantize(weights, name, importance, threads=1)
-    np.testing.assert_array_equal(ours, reference.encode(weights, name, columns))
+    ours = codec.quantize(weights, name, importance, level=level, threads=1)
+    np.testing.assert_array_equal(ours, reference.encode(weights, name, columns, level))
     decoded = codec.dequantize(ours, name, threads=1)
     assert np.isfinite(decoded).all()
     np.testing.assert_array_equal(decoded, reference.decode(ours, name))

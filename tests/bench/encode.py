@@ -63,7 +63,8 @@ def main() -> None:
     print(f"kernels ready after {seconds:.1f} s; {rows} x 4096 weights, {options.threads} threads, {repeats} repeats")
     print("format importance  ours M/s  llama.cpp M/s  ratio   error | decode M/s  gguf-py M/s  ratio")
     for name in names:
-        for columns in (None, importance):
+        first = importance if formats.get(name).needs_importance else None
+        for columns in (first,) if first is importance else (None, importance):
             (ours, theirs), (data, other) = in_turn(
                 [
                     lambda: codec.quantize(weights, name, columns, threads=options.threads),  # noqa: B023
@@ -75,7 +76,7 @@ def main() -> None:
             errors = [codec.weighted_error(weights, codec.dequantize(d, name), columns) for d in (data, other)]
             line = f"{name:6} {'no' if columns is None else 'yes':10} {speeds[0]:9.1f} {speeds[1]:14.1f} "
             line += f"{theirs / ours:6.2f} {errors[0] / errors[1]:7.4f}"
-            if columns is None:
+            if columns is first:
                 kind = GGMLQuantizationType[name]
                 (ours, theirs), _ = in_turn(
                     [
