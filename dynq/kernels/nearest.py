@@ -201,8 +201,8 @@ def assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G,
             if odd[o, j]:
                 least, where = INFINITY, start
                 for i in range(start, end):
-                    a = W[i, j] * T[i, j] * G[i, j]
-                    if a < least:
-                        least, where = a, i
+                    cost = W[i, j] * T[i, j] * G[i, j]
+                    if cost < least:
+                        least, where = cost, i
                 G[where, j] = -G[where, j]
                 flips[o, j] = np.uint8(1 << (where - 8 * o))
