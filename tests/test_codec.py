@@ -146,12 +146,12 @@ def test_extreme_values_stay_finite(name: str, value: float, other: float, zeros
         assert np.isfinite(codec.dequantize(codec.quantize(weights, name, columns, level=level), name)).all()
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K", "Q2_K", "Q6_K", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
 def test_importance_moves_the_error_to_where_it_matters_less(name: str):
     weights = gaussian(64, 512)
     importance = np.where(np.arange(512) % 4 == 0, 100, 1).astype(np.float32)
     with_it = codec.dequantize(codec.quantize(weights, name, importance), name)
-    without = codec.dequantize(codec.quantize(weights, name), name)
+    without = codec.dequantize(codec.quantize(weights, name, importance_for(name, 512)), name)
     assert codec.weighted_error(weights, with_it, importance) < 0.9 * codec.weighted_error(weights, without, importance)
 
 

@@ -62,44 +62,64 @@ def grid(name: str) -> Grid:
 class Plan:
     """How a format is searched (dynq.kernels.lattice).
 
-    count: entries looked at for a group, a multiple of 16, at most 256; tries: what the largest |x| of a sub-block is
-    sent to, in values; ends: what the largest scale of a super-block is sent to, 16 of them, where 31 is the highest
-    level; choices: levels tried for each; rounds: descents over the stored numbers.
+    near: entries looked at for each scale tried, count: for the scale that is stored, both multiples of 16, at most
+    256; choices: levels tried for each of the super-block's floats; rounds: descents over the stored numbers; tries:
+    what the largest |x| of a sub-block is sent to at first, in values; ends: what the largest scale of a super-block is
+    sent to, 16 of them, where 31 is the highest level.
     """
 
+    near: int
     count: int
-    tries: tuple[float, ...]
-    ends: tuple[float, ...]
     choices: int
     rounds: int
+    tries: tuple[float, ...]
+    ends: tuple[float, ...]
 
 
-# Chosen on trained weights. More levels tried gain most, then more entries looked at; more floats or rounds next to
-# nothing. IQ2_S is where llama.cpp is fastest, and its plain search the shortest.
-_CHOICES = {"IQ2_XXS": 5, "IQ2_XS": 5, "IQ2_S": 3, "IQ3_XXS": 5, "IQ3_S": 5}
+# near, count, choices on level plain. Chosen on trained weights: levels tried gain most, then entries looked at; more
+# floats, tries or rounds next to nothing. IQ2_S has the shortest search, because llama.cpp is fastest there.
+_PLAIN = {
+    "IQ2_XXS": (32, 64, 6),
+    "IQ2_XS": (32, 64, 6),
+    "IQ2_S": (16, 32, 5),
+    "IQ3_XXS": (16, 32, 8),
+    "IQ3_S": (16, 32, 8),
+}
 
 
 def plan_of(name: str, level: str) -> Plan:
     """The plan of a format on a level, `plain` or `search`."""
-    highest = float(grid(name).values[-1])
-    tries = tuple((highest * np.linspace(0.9, 2.2, 10)).tolist())
+    tries = tuple((float(grid(name).values[-1]) * np.linspace(0.9, 2.2, 10)).tolist())
     ends = tuple(np.linspace(22, 34, 16).tolist())
-    return Plan(32, tries, ends, _CHOICES[name], 1) if level == "plain" else Plan(96, tries, ends, 8, 2)
+    return Plan(*_PLAIN[name], 1, tries, ends) if level == "plain" else Plan(64, 128, 10, 2, tries, ends)
 
 
 @cache
-def neighbours(name: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(name: str, count: int) -> np.ndarray:
     """The `count` (a multiple of 16) entries nearest to each point whose coordinates are all values of the grid.
 
-    A point's number has its first coordinate, counted in values, as its lowest digit. Out, nearest first: uint16
-    [points, count], which entries; int8 [points, count * dim], their values: of sixteen entries the first coordinates,
-    then the second ones, and so on, then the next sixteen.
+    A point's number has its first coordinate, counted in values, as its lowest digit. Out: int8 [points, count * dim],
+    the entries' values, nearest first: of sixteen entries the first coordinates, then the second ones, and so on, then
+    the next sixteen.
     """
     book = grid(name)
-    base, dim = len(book.values), book.dim
-    points = book.values[np.arange(base**dim)[:, None] // base ** np.arange(dim) % base]
-    distance = (points**2).sum(1)[:, None] - 2 * (points @ book.entries.T) + (book.entries**2).sum(1)  # exact: integers
-    order = distance.astype(np.int64) * len(book.entries) + np.arange(len(book.entries))
-    nearest = np.sort(np.partition(order, count - 1, axis=1)[:, :count], axis=1) % len(book.entries)
-    values = book.entries[nearest].reshape(len(points), count // 16, 16, dim).transpose(0, 1, 3, 2)
-    return nearest.astype(np.uint16), values.astype(np.int8).reshape(len(points), -1)
+    points = book.values[np.arange(len(book.values) ** book.dim)[:, None] // _bases(book) % len(book.values)]
+    entries = book.entries
+    distance = (points**2).sum(1)[:, None] - 2 * (points @ entries.T) + (entries**2).sum(1)  # exact: integers
+    order = distance.astype(np.int64) * len(entries) + np.arange(len(entries))
+    nearest = np.sort(np.partition(order, count - 1, axis=1)[:, :count], axis=1) % len(entries)
+    values = entries[nearest].reshape(len(points), count // 16, 16, book.dim).swapaxes(2, 3)
+    return values.astype(np.int8).reshape(len(points), -1)
+
+
+@cache
+def entry_at(name: str) -> np.ndarray:
+    """The entry at each point, by the point's number as in `neighbours`: uint16 [points], 65535 where there is none."""
+    book = grid(name)
+    found = np.full(len(book.values) ** book.dim, 65535, np.uint16)
+    found[(np.searchsorted(book.values, book.entries) * _bases(book)).sum(1)] = np.arange(len(book.entries))
+    return found
+
+
+def _bases(book: Grid) -> np.ndarray:
+    return len(book.values) ** np.arange(book.dim)

@@ -25,7 +25,7 @@ import numpy as np
 
 from dynq.kernels._jit import kernel
 from dynq.kernels.floats import half_table
-from dynq.kernels.grids import grid, neighbours, plan_of
+from dynq.kernels.grids import entry_at, grid, neighbours, plan_of
 from dynq.kernels.lattice import fit
 
 
@@ -258,14 +258,17 @@ def _plusminus() -> np.ndarray:
 
 
 def empty(name: str, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Room for the entries uint16 [blocks, groups], signs uint8 [blocks, 32], levels uint8 [blocks, subs] of a format."""
+    """Room for entries uint16 [blocks, groups], signs uint8 [blocks, 32] and levels uint8 [blocks, subs]."""
     book = grid(name)
     entries = np.empty((blocks, 256 // book.dim), np.uint16)
     return entries, np.empty((blocks, 32), np.uint8), np.empty((blocks, 256 // book.sub), np.uint8)
 
 
 def steps(name: str, data: np.ndarray) -> np.ndarray:
-    """What multiplies the code book's values for each weight of encoded blocks: float32 [blocks, 256]."""
+    """What multiplies the code book's values for each weight of encoded blocks: float32 [blocks, 256].
+
+    For error feedback, with grid(name).entries and PACK.
+    """
     entries, signs, levels = empty(name, len(data))
     UNPACK[name](data, entries, signs, levels)
     out = np.empty(levels.shape, np.float32)
@@ -281,7 +284,8 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     d = np.empty(len(x), np.uint16)
     tries, ends = np.array(plan.tries, np.float32), np.array(plan.ends, np.float32)
     shape = book.sub, book.dim, np.float32(book.step), book.low, book.spacing, book.top, book.even
-    fit(x, w, *shape, *neighbours(name, plan.count), tries, ends, plan.choices, plan.rounds, *found, d)
+    lists = entry_at(name), neighbours(name, plan.count), plan.near
+    fit(x, w, *shape, *lists, tries, ends, plan.choices, plan.rounds, *found, d)
     PACK[name](*found, d, out)
 
 

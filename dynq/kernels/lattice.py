@@ -1,21 +1,17 @@
-"""The search for IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: scales, and entries of a code book (dynq.kernels.grids).
+"""The search for IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: the super-block's float and the levels of its sub-blocks.
 
-A group of 8 (IQ2) or 4 (IQ3) weights is stored as one entry g of a code book and its signs. For a scale s the best
-entry is the one with the least sum w (|x| - s g)^2. As llama.cpp does, only the entries nearest to the rounded point
-are looked at. Where only seven signs are stored for eight weights and the eighth would be wrong, the weight that takes
-the wrong sign is chosen together with the entry: flipping weight i costs 4 s w_i |x_i| g_i more. llama.cpp flips the
-weight that matters least and then looks for an entry.
+A group of 8 (IQ2) or 4 (IQ3) weights is stored as one entry g of a code book (dynq.kernels.grids) and signs. For a
+fixed entry the error at scale s is s^2 B - 2 s A plus a constant, with A = sum w |x| g (less what a wrong sign costs)
+and B = sum w g^2. So A and B of the entries near a first scale are found once, and many scales tried for little: for
+each of 16 values of the super-block's float and each sub-block, a few stored levels. The best float is kept with its
+levels; then entries (dynq.kernels.nearest) and float take turns, with the exact error.
 
-For a fixed entry the error is s^2 B - 2 s A plus a constant, with A = sum w |x| g and B = sum w g^2. So A and B of the
-candidates are found once, and many scales tried for little: for each of 16 values of the super-block's float and each
-sub-block the error of a few stored levels, all exact but for the candidates being those of one scale. The best float
-is kept with its levels, then entries and float take turns.
-
-Sub-blocks are worked on side by side: [weight in sub-block, lane], lane = sub-block * group + block, as in
+Sub-blocks are worked on side by side: arrays are [weight in sub-block, lane], lane = sub-block * group + block, as in
 dynq.kernels.fit; candidates are worked on sixteen at a time. No sum is reordered by that, so the twin in
 dynq.reference.iquants gives the same bytes.
 
-Source of the idea: quantize_row_iq2_xxs_impl and its siblings in llama.cpp's ggml-quants.c.
+Source of the format's idea: quantize_row_iq2_xxs_impl and its siblings in llama.cpp's ggml-quants.c, which try scales
+for each sub-block alone and derive the super-block's float from the largest.
 """
 
 import numpy as np
@@ -23,26 +19,19 @@ import numpy as np
 from dynq.kernels._jit import kernel
 from dynq.kernels.fit import INFINITY, ONE, TWO, ZERO, load, stored
 from dynq.kernels.floats import half
+from dynq.kernels.nearest import TINY, F, assign, number, points
 
 LANES = 32  # sub-blocks side by side
 TRIALS = 16  # values of a super-block's float
 # where things are in the scratch of _trials
 INVERSE, TOTAL, LEAST, LEVEL, MORE, SCALES = (TRIALS * i for i in range(1, 7))
-F = np.float32
 HALF = np.float32(0.5)
-FOUR = np.float32(4)
 TOP = np.float32(15)
-LIMIT = np.float32(1e9)  # keeps squares finite
-TINY = np.float32(1e-30)  # below it a scale counts as zero
-# a candidate and its error in one integer, so that a minimum finds both: the last eight bits are its number
-LAST = np.int32(0x7FFFFFFF)
-NUMBER = np.int32(255)
-MASK = np.int32(~255)
 
 
 @kernel
 def _magnitudes(X, even, signs, odd):
-    """X to |X|; the signs of eight weights, the first lowest, and whether their number is odd: uint8 [sub / 8, lanes]."""
+    """X to |X|. Out, uint8 [sub / 8, lanes]: eight signs, the first lowest; whether an odd number of them is minus."""
     n, lanes = X.shape
     for o in range(n // 8):
         for j in range(lanes):
@@ -95,157 +84,6 @@ def _scales(X, W, low, spacing, top, tries, S, A):
 
 
 @kernel
-def _points(X, S, low, spacing, top, dim, inverse, T, P):
-    """|x| in units of the scale, T [sub, lanes], and the rounded points' numbers, P int32 [sub / dim, lanes]."""
-    n, lanes = X.shape
-    per = ONE / spacing
-    for j in range(lanes):
-        inverse[j] = ONE / S[j] if S[j] > TINY else ZERO
-    for g in range(n // dim):
-        for j in range(lanes):
-            P[g, j] = 0
-        base = np.int32(1)
-        for i in range(g * dim, (g + 1) * dim):
-            for j in range(lanes):
-                t = X[i, j] * inverse[j]
-                t = t if t < LIMIT else LIMIT
-                T[i, j] = t
-                q = np.rint((t - low) * per)
-                q = q if q > ZERO else ZERO
-                q = q if q < top else top
-                P[g, j] += base * np.int32(q)
-            base *= np.int32(top + ONE)
-
-
-@kernel
-def _nearest8(T, W, o, P, values, odd, keys):
-    """Per lane the candidate of the least error sum w (t - g)^2 over eight weights: the error's bits, the last its number.
-
-    Where `odd` one of the eight takes the wrong sign, the one for which that costs least.
-    """
-    i = 8 * o
-    for j in range(T.shape[1]):
-        p, flip = P[o, j], odd[o, j]
-        t0, t1, t2, t3 = T[i, j], T[i + 1, j], T[i + 2, j], T[i + 3, j]
-        t4, t5, t6, t7 = T[i + 4, j], T[i + 5, j], T[i + 6, j], T[i + 7, j]
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        w4, w5, w6, w7 = W[i + 4, j], W[i + 5, j], W[i + 6, j], W[i + 7, j]
-        best = LAST
-        for c in range(values.shape[1] // 128):
-            v = 128 * c
-            near = LAST
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                g4, g5, g6, g7 = F(values[p, v + 64 + k]), F(values[p, v + 80 + k]), F(values[p, v + 96 + k]), F(values[p, v + 112 + k])
-                m0, m1, m2, m3, m4, m5, m6, m7 = t0 - g0, t1 - g1, t2 - g2, t3 - g3, t4 - g4, t5 - g5, t6 - g6, t7 - g7
-                e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                e = e + (w4 * m4 * m4 + w5 * m5 * m5 + w6 * m6 * m6 + w7 * m7 * m7)
-                if flip:
-                    a0, a1, a2, a3 = w0 * t0 * g0, w1 * t1 * g1, w2 * t2 * g2, w3 * t3 * g3
-                    a4, a5, a6, a7 = w4 * t4 * g4, w5 * t5 * g5, w6 * t6 * g6, w7 * t7 * g7
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    a4 = a4 if a4 < a5 else a5
-                    a6 = a6 if a6 < a7 else a7
-                    a0 = a0 if a0 < a2 else a2
-                    a4 = a4 if a4 < a6 else a6
-                    e = e + FOUR * (a0 if a0 < a4 else a4)
-                key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                near = key if key < near else near
-            near = np.int32(near | np.int32(c << 4))
-            best = near if near < best else best
-        keys[o, j] = best
-
-
-@kernel
-def _nearest4(T, W, g, P, values, flips, keys):
-    """As _nearest8, over four weights; one takes the wrong sign where `flips`, other lanes are left alone if given."""
-    i = 4 * g
-    for j in range(T.shape[1]):
-        p, flip = P[g, j], flips[g // 2, j]
-        t0, t1, t2, t3 = T[i, j], T[i + 1, j], T[i + 2, j], T[i + 3, j]
-        w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
-        best = LAST
-        turned = LAST
-        for c in range(values.shape[1] // 64):
-            v = 64 * c
-            near = LAST
-            for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                m0, m1, m2, m3 = t0 - g0, t1 - g1, t2 - g2, t3 - g3
-                e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                near = key if key < near else near
-            near = np.int32(near | np.int32(c << 4))
-            best = near if near < best else best
-            if flip:
-                near = LAST
-                for k in range(16):
-                    g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                    m0, m1, m2, m3 = t0 - g0, t1 - g1, t2 - g2, t3 - g3
-                    e = w0 * m0 * m0 + w1 * m1 * m1 + w2 * m2 * m2 + w3 * m3 * m3
-                    a0, a1, a2, a3 = w0 * t0 * g0, w1 * t1 * g1, w2 * t2 * g2, w3 * t3 * g3
-                    a0 = a0 if a0 < a1 else a1
-                    a2 = a2 if a2 < a3 else a3
-                    e = e + FOUR * (a0 if a0 < a2 else a2)
-                    key = np.int32(np.int32(np.float32(e).view(np.int32) & MASK) | np.int32(k))
-                    near = key if key < near else near
-                near = np.int32(near | np.int32(c << 4))
-                turned = near if near < turned else turned
-        keys[g, j] = best
-        keys[g + P.shape[0], j] = turned
-
-
-@kernel
-def _error(key):
-    return np.int32(key & MASK).view(np.float32)
-
-
-@kernel
-def _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips):
-    """The best entries for scales S.
-
-    Out: candidates' numbers, keys [sub / dim, lanes] (its second half is scratch); their values, G [sub, lanes], minus
-    where the sign is to be wrong, which flips [sub / 8, lanes] has as bits.
-    """
-    n, lanes = X.shape
-    _points(X, S, low, spacing, top, dim, inverse, T, P)
-    for o in range(n // 8):
-        if dim == 8:
-            _nearest8(T, W, o, P, values, odd, keys)
-        else:
-            _nearest4(T, W, 2 * o, P, values, odd, keys)
-            _nearest4(T, W, 2 * o + 1, P, values, odd, keys)
-        for j in range(lanes):
-            start, end = 8 * o, 8 * o + 8
-            if dim == 4 and odd[o, j]:
-                a, b = 2 * o, 2 * o + 1
-                c, d = P.shape[0] + a, P.shape[0] + b
-                if _error(keys[c, j]) + _error(keys[b, j]) <= _error(keys[a, j]) + _error(keys[d, j]):
-                    keys[a, j] = keys[c, j]
-                    end = 8 * o + 4
-                else:
-                    keys[b, j] = keys[d, j]
-                    start = 8 * o + 4
-            for g in range(8 // dim):
-                at = 8 // dim * o + g
-                k = keys[at, j] & NUMBER
-                keys[at, j] = k
-                v = (k >> 4) * 16 * dim + (k & 15)
-                for i in range(dim):
-                    G[at * dim + i, j] = values[P[at, j], v + 16 * i]
-            flips[o, j] = 0
-            if odd[o, j]:
-                least, where = INFINITY, start
-                for i in range(start, end):
-                    a = W[i, j] * T[i, j] * G[i, j]
-                    if a < least:
-                        least, where = a, i
-                G[where, j] = -G[where, j]
-                flips[o, j] = np.uint8(1 << (where - 8 * o))
-
-
-@kernel
 def _measure(X, W, G, S, E, sll, sxl):
     """Per lane the error and the sums that least squares needs."""
     n, lanes = X.shape
@@ -264,7 +102,11 @@ def _measure(X, W, G, S, E, sll, sxl):
 
 @kernel
 def _terms8(X, W, j, P, values, odd, Z):
-    """Z[group, candidate / 16, ...] = A = sum 2 w x g, less what the flip costs, then B = sum w g^2, for a lane's groups."""
+    """2 A and B of the candidates for lane j's groups of eight weights.
+
+    Z[group]: for sixteen candidates 2 A = sum 2 w |x| g, where `odd` less the cost of the cheapest wrong sign, then
+    their B = sum w g^2, then the next sixteen.
+    """
     for g in range(X.shape[0] // 8):
         p, i = P[g, j], 8 * g
         w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
@@ -272,11 +114,21 @@ def _terms8(X, W, j, P, values, odd, Z):
         q0, q1, q2, q3 = TWO * w0 * X[i, j], TWO * w1 * X[i + 1, j], TWO * w2 * X[i + 2, j], TWO * w3 * X[i + 3, j]
         q4, q5, q6, q7 = TWO * w4 * X[i + 4, j], TWO * w5 * X[i + 5, j], TWO * w6 * X[i + 6, j], TWO * w7 * X[i + 7, j]
         flip = odd[g, j]
-        for c in range(values.shape[1] // 128):
+        for c in range(Z.shape[1] // 32):
             v, z = 128 * c, 32 * c
             for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
-                g4, g5, g6, g7 = F(values[p, v + 64 + k]), F(values[p, v + 80 + k]), F(values[p, v + 96 + k]), F(values[p, v + 112 + k])
+                g0, g1, g2, g3 = (
+                    F(values[p, v + k]),
+                    F(values[p, v + 16 + k]),
+                    F(values[p, v + 32 + k]),
+                    F(values[p, v + 48 + k]),
+                )
+                g4, g5, g6, g7 = (
+                    F(values[p, v + 64 + k]),
+                    F(values[p, v + 80 + k]),
+                    F(values[p, v + 96 + k]),
+                    F(values[p, v + 112 + k]),
+                )
                 a0, a1, a2, a3, a4, a5, a6, a7 = q0 * g0, q1 * g1, q2 * g2, q3 * g3, q4 * g4, q5 * g5, q6 * g6, q7 * g7
                 a = a0 + a1 + a2 + a3 + (a4 + a5 + a6 + a7)
                 if flip:
@@ -294,21 +146,31 @@ def _terms8(X, W, j, P, values, odd, Z):
 
 @kernel
 def _terms4(X, W, j, P, values, odd, Z):
-    """As _terms8, for groups of four weights; in the second half of Z, for lanes where `odd`, A less the flip's cost."""
+    """As _terms8, for groups of four weights; with a wrong sign, where `odd`, in the second half of Z."""
     for g in range(X.shape[0] // 4):
         p, i, flip = P[g, j], 4 * g, odd[g // 2, j]
         w0, w1, w2, w3 = W[i, j], W[i + 1, j], W[i + 2, j], W[i + 3, j]
         q0, q1, q2, q3 = TWO * w0 * X[i, j], TWO * w1 * X[i + 1, j], TWO * w2 * X[i + 2, j], TWO * w3 * X[i + 3, j]
         h = g + X.shape[0] // 4
-        for c in range(values.shape[1] // 64):
+        for c in range(Z.shape[1] // 32):
             v, z = 64 * c, 32 * c
             for k in range(16):
-                g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
+                g0, g1, g2, g3 = (
+                    F(values[p, v + k]),
+                    F(values[p, v + 16 + k]),
+                    F(values[p, v + 32 + k]),
+                    F(values[p, v + 48 + k]),
+                )
                 Z[g, z + k] = q0 * g0 + q1 * g1 + q2 * g2 + q3 * g3
                 Z[g, z + 16 + k] = w0 * g0 * g0 + w1 * g1 * g1 + w2 * g2 * g2 + w3 * g3 * g3
             if flip:
                 for k in range(16):
-                    g0, g1, g2, g3 = F(values[p, v + k]), F(values[p, v + 16 + k]), F(values[p, v + 32 + k]), F(values[p, v + 48 + k])
+                    g0, g1, g2, g3 = (
+                        F(values[p, v + k]),
+                        F(values[p, v + 16 + k]),
+                        F(values[p, v + 32 + k]),
+                        F(values[p, v + 48 + k]),
+                    )
                     a0, a1, a2, a3 = q0 * g0, q1 * g1, q2 * g2, q3 * g3
                     a0 = a0 if a0 < a1 else a1
                     a2 = a2 if a2 < a3 else a3
@@ -318,7 +180,7 @@ def _terms4(X, W, j, P, values, odd, Z):
 
 @kernel
 def _minima(Z, g, U, M):
-    """Into M[g]: the least s B - A of the candidates Z[g] has, for each of the scales s = U[SCALES:]."""
+    """Into M[g]: the least s B - 2 A among the candidates in Z[g], for each of the scales s = U[SCALES:]."""
     for c in range(Z.shape[1] // 32):
         z = 32 * c
         for t in range(M.shape[1]):
@@ -332,9 +194,10 @@ def _minima(Z, g, U, M):
 
 @kernel
 def _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, U, V):
-    """Per super-block the best of TRIALS stored floats D, and per lane the best of `choices` levels L (odd, 1 to 31) each.
+    """Per super-block the best stored float D, and per lane the best level L (as 2 level + 1).
 
-    Z, M, U, V: scratch. U, one array so that the compiler sees no overlap, has D, total errors, least errors, ...
+    S: first scales; the largest is sent to each of `ends` in turn, and each lane tries the `choices` levels about its
+    scale. Z, M, U, V: scratch; U is one array with named places so that the compiler sees no overlap.
     """
     n, lanes = X.shape
     group, groups = unit.shape[0], n // dim
@@ -415,8 +278,8 @@ def _descend(sll, sxl, unit, D, L):
 
 
 @kernel
-def _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys, best_flips):
-    """Where the super-block's error fell below `best`, keep its numbers; entries as point * count + candidate."""
+def _keep(total, best, E, D, L, N, flips, best_D, best_L, best_N, best_flips):
+    """Where the super-block's error fell below `best`, keep its numbers. E, the lanes' errors, is overwritten."""
     group = D.shape[0]
     for g in range(group):
         total[g] = ZERO
@@ -431,9 +294,9 @@ def _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys
         best[g] = total[g] if total[g] < best[g] else best[g]
     for j in range(E.shape[0]):
         best_L[j] = L[j] if E[j] > ZERO else best_L[j]
-    for i in range(P.shape[0]):
+    for i in range(N.shape[0]):
         for j in range(E.shape[0]):
-            best_keys[i, j] = P[i, j] * count + keys[i, j] if E[j] > ZERO else best_keys[i, j]
+            best_N[i, j] = N[i, j] if E[j] > ZERO else best_N[i, j]
     for o in range(flips.shape[0]):
         for j in range(E.shape[0]):
             best_flips[o, j] = flips[o, j] if E[j] > ZERO else best_flips[o, j]
@@ -441,15 +304,34 @@ def _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys
 
 @kernel
 def fit(
-    x, w, sub, dim, step, low, spacing, top, even, names, values, tries, ends, choices, rounds, entries, signs, levels, d
+    x,
+    w,
+    sub,
+    dim,
+    step,
+    low,
+    spacing,
+    top,
+    even,
+    entry_at,
+    values,
+    near,
+    tries,
+    ends,
+    choices,
+    rounds,
+    entries,
+    signs,
+    levels,
+    d,
 ):
     """Choose everything that blocks store.
 
-    x float32 [blocks, 256]; w float32 [blocks of a row, 256]; sub to even: dynq.kernels.grids.Grid; names, values: its
-    neighbours; tries to rounds: dynq.kernels.grids.Plan. Out: entries uint16 [blocks, 256 / dim], signs uint8
-    [blocks, 32], levels uint8 [blocks, 256 / sub], d uint16 [blocks].
+    x float32 [blocks, 256]; w float32 [blocks of a row, 256]; sub to even: dynq.kernels.grids.Grid; entry_at, values:
+    its entry_at and neighbours; near to rounds: dynq.kernels.grids.Plan. Out: entries uint16 [blocks, 256 / dim], signs
+    uint8 [blocks, 32] (1 is minus), levels uint8 [blocks, 256 / sub], d uint16 [blocks].
     """
-    subs, octets, groups, count = 256 // sub, sub // 8, sub // dim, names.shape[1]
+    subs, octets, groups = 256 // sub, sub // 8, sub // dim
     group = LANES // subs
     X = np.empty((sub, LANES), np.float32)
     W = np.empty((sub, LANES), np.float32)
@@ -463,8 +345,8 @@ def fit(
     minus, odd, flips, best_flips = C[:octets], C[octets : 2 * octets], C[2 * octets : 3 * octets], C[3 * octets :]
     P = np.empty((groups, LANES), np.int32)
     keys = np.empty((2 * groups, LANES), np.int32)
-    best_keys = np.empty((groups, LANES), np.int32)
-    Z = np.empty((2 * groups, 2 * count), np.float32)
+    best_N = np.empty((groups, LANES), np.int32)
+    Z = np.empty((2 * groups, 2 * near), np.float32)
     M = np.empty((2 * groups, TRIALS * choices), np.float32)
     U = np.empty(SCALES + TRIALS * choices, np.float32)
     V = np.empty((LANES, TRIALS), np.float32)
@@ -475,15 +357,16 @@ def fit(
             best[g] = INFINITY
         _magnitudes(X, even, minus, odd)
         _scales(X, W, low, spacing, top, tries, S, A)
-        _points(X, S, low, spacing, top, dim, inverse, T, P)
+        points(X, S, low, spacing, top, dim, inverse, T, P)
         _trials(X, W, odd, S, unit, ends, choices, dim, values, P, D, L, Z, M, U, V)
         for r in range(rounds + 1):
             for j in range(0, LANES, group):
                 for g in range(group):
                     S[j + g] = D[g] * L[j + g]
-            _assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips)
+            assign(X, W, odd, S, low, spacing, top, dim, values, inverse, T, P, keys, G, flips)
             _measure(X, W, G, S, E, sll, sxl)
-            _keep(total, best, E, D, L, keys, P, count, flips, best_D, best_L, best_keys, best_flips)
+            number(G, low, spacing, top, dim, P)
+            _keep(total, best, E, D, L, P, flips, best_D, best_L, best_N, best_flips)
             if r < rounds:
                 _descend(sll, sxl, unit, D, L)
         for g in range(min(group, x.shape[0] - first)):
@@ -493,6 +376,6 @@ def fit(
                 j = s * group + g
                 levels[b, s] = np.uint8(best_L[j] * HALF)
                 for i in range(groups):
-                    entries[b, s * groups + i] = names[best_keys[i, j] // count, best_keys[i, j] % count]
+                    entries[b, s * groups + i] = entry_at[best_N[i, j]]
                 for o in range(octets):
                     signs[b, s * octets + o] = minus[o, j] ^ best_flips[o, j]

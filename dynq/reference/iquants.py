@@ -1,4 +1,4 @@
-"""Twin of dynq.kernels.iquants and dynq.kernels.lattice: IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S.
+"""Twin of dynq.kernels.iquants, .lattice and .nearest: IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S.
 
 Arrays are [blocks, sub-blocks, weights], or [blocks, sub-blocks, groups, ...] where a group shares an entry of the code
 book. Layouts and method are described in the kernels' files.
@@ -6,11 +6,12 @@ book. Layouts and method are described in the kernels' files.
 
 import numpy as np
 
-from dynq.kernels.grids import Grid, Plan, grid, neighbours, plan_of
-from dynq.kernels.lattice import LIMIT, MASK, NUMBER, TINY
+from dynq.kernels.grids import Grid, Plan, entry_at, grid, neighbours, plan_of
+from dynq.kernels.nearest import LIMIT, MASK, NUMBER, TINY
 from dynq.reference.scalar import _bytes, _float, _seen, _stored, _sum, _unit
 
 F = np.float32
+_SEVENS = np.arange(0, 28, 7, dtype=np.uint32)
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
@@ -40,16 +41,17 @@ def fit(name: str, x: np.ndarray, w: np.ndarray, book: Grid, plan: Plan) -> tupl
     signs = np.packbits(np.signbit(x), axis=2, bitorder="little")
     odd = _odd(signs) & book.even  # then the stored seven cannot all be right
     x = np.abs(x)
-    names, values = neighbours(name, plan.count)
+    values = neighbours(name, plan.count)
     values = values.reshape(len(values), -1, book.dim, 16).swapaxes(1, 2).reshape(len(values), book.dim, -1).astype(F)
-    d, levels = _trials(x, w, odd, _scales(x, w, book, plan), unit, book, plan, values)
-    best, kept = np.full(len(x), np.inf, F), ()
+    d, levels = _trials(x, w, odd, _scales(x, w, book, plan), unit, book, plan, values[..., : plan.near])
+    best = np.full(len(x), np.inf, F)
+    kept: tuple[np.ndarray, ...] = ()
     for _ in range(plan.rounds + 1):
         scale = d[:, None] * levels
-        points, numbers, g, flips = _assign(x, w, odd, scale, book, values)
+        g, flips = _assign(x, w, odd, scale, book, values)
         miss = x - scale[..., None] * g
         error = _sum(_sum(w * miss * miss))
-        new = (names[points, numbers], signs ^ flips, levels, d)
+        new = (_number(np.abs(g).reshape(*x.shape[:2], -1, book.dim), book), signs ^ flips, levels, d)
         kept = kept or new
         better = error < best
         best = np.where(better, error, best)
@@ -59,9 +61,14 @@ def fit(name: str, x: np.ndarray, w: np.ndarray, book: Grid, plan: Plan) -> tupl
         levels = np.clip(np.rint((sxl / sll * inverse - F(1)) * F(0.5)), F(0), F(15)) * F(2) + F(1)
         aa, ax = _sum(levels * levels * sll), _sum(levels * sxl)
         d = np.where(ax > 0, _seen(ax / aa, unit), d)
-    entries, signs, levels, d = kept
+    numbers, signs, levels, d = kept
     blocks = len(x)
-    return entries.reshape(blocks, -1), signs.reshape(blocks, 32), (levels * F(0.5)).astype(np.uint8), _stored(d / unit)
+    return (
+        entry_at(name)[numbers].reshape(blocks, -1),
+        signs.reshape(blocks, 32),
+        (levels * F(0.5)).astype(np.uint8),
+        _stored(d / unit),
+    )
 
 
 def _odd(signs: np.ndarray) -> np.ndarray:
@@ -92,8 +99,12 @@ def _points(x: np.ndarray, scale: np.ndarray, book: Grid) -> tuple[np.ndarray, n
     """x in units of the scale [.., groups, dim], and the rounded points' numbers [.., groups]."""
     inverse = np.where(scale > TINY, F(1) / scale, F(0))
     t = np.minimum(x * inverse[..., None], LIMIT).reshape(*x.shape[:2], -1, book.dim)
-    digits = _value(t, book).astype(np.int64)
-    return t, (digits * len(book.values) ** np.arange(book.dim)).sum(-1)
+    return t, _number(t, book)
+
+
+def _number(t: np.ndarray, book: Grid) -> np.ndarray:
+    """The number of the point nearest to t, [.., dim]."""
+    return (_value(t, book).astype(np.int64) * len(book.values) ** np.arange(book.dim)).sum(-1)
 
 
 def _over(terms: np.ndarray) -> np.ndarray:
@@ -104,8 +115,8 @@ def _over(terms: np.ndarray) -> np.ndarray:
 
 def _assign(
     x: np.ndarray, w: np.ndarray, odd: np.ndarray, scale: np.ndarray, book: Grid, values: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """Points and candidates' numbers [.., groups], values with their signs like x, flips as bits [.., octets]."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best entries' values, minus where the sign is to be wrong, like x; those places as bits [.., octets]."""
     t, points = _points(x, scale, book)
     g = values[points]
     w = w.reshape(t.shape)
@@ -130,7 +141,7 @@ def _assign(
     where = np.where(half, cost, np.inf).argmin(-1)
     flip = odd[..., None] & (np.arange(8) == where[..., None])
     g = np.where(flip, -g.reshape(flip.shape), g.reshape(flip.shape)).reshape(x.shape)
-    return points, numbers, g, np.packbits(flip, axis=-1, bitorder="little")[..., 0]
+    return g, np.packbits(flip, axis=-1, bitorder="little")[..., 0]
 
 
 def _keys(error: np.ndarray) -> np.ndarray:
@@ -194,7 +205,7 @@ def _pack(name: str, entries: np.ndarray, signs: np.ndarray, levels: np.ndarray,
     blocks, low = len(d), entries.astype(np.uint8)
     nibbles = levels[:, ::2] | levels[:, 1::2] << 4
     if name in ("IQ2_XXS", "IQ3_XXS"):
-        word = (signs & 127).reshape(blocks, 8, 4).astype(np.uint32) << np.uint32([0, 7, 14, 21])
+        word = (signs & 127).reshape(blocks, 8, 4).astype(np.uint32) << _SEVENS
         word = (np.bitwise_or.reduce(word, axis=2) | levels.astype(np.uint32) << np.uint32(28)).view(np.uint8)
         if name == "IQ3_XXS":
             return [_bytes(d), low, word]
@@ -218,7 +229,7 @@ def _unpack(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
         else:
             entries, words = data[:, 2:66], data[:, 66:]
         word = np.ascontiguousarray(words).reshape(blocks, 32).view(np.uint32)
-        seven = (word[..., None] >> np.uint32([0, 7, 14, 21]) & np.uint32(127)).reshape(blocks, 32).astype(np.uint8)
+        seven = (word[..., None] >> _SEVENS & np.uint32(127)).reshape(blocks, 32).astype(np.uint8)
         return entries, _eight(seven), word >> np.uint32(28)
     levels = data[:, -4:] if name == "IQ3_S" else data[:, -8:]
     levels = np.stack([levels & 15, levels >> 4], axis=2).reshape(blocks, -1)
