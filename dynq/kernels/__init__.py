@@ -13,6 +13,6 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), legacy),
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), kquants),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
-    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"), ternary),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""
