@@ -253,13 +253,18 @@ def pack_codes_q2_0(codes, out):
 
 
 @kernel
-def decode_tq1_0(data, d, out):
-    """Blocks uint8 [blocks, 54] and their scales float32 [blocks] to float32 [blocks, 256].
+def _get_half(data, b, at, half):
+    return half[np.uint32(data[b, at]) | (np.uint32(data[b, at + 1]) << np.uint32(8))]
+
+
+@kernel
+def decode_tq1_0(data, half, out):
+    """Blocks uint8 [blocks, 54] to float32 [blocks, 256]; `half` is the float32 of every half float, by its bits.
 
     The three stretches are written out because only literal bounds let the loops over bytes vectorise.
     """
     for b in range(data.shape[0]):
-        scale = d[b]
+        scale = _get_half(data, b, 52, half)
         for k in range(32):
             rest = np.uint32(data[b, k])
             for t in range(5):
@@ -281,10 +286,10 @@ def decode_tq1_0(data, d, out):
 
 
 @kernel
-def decode_tq2_0(data, d, out):
+def decode_tq2_0(data, half, out):
     """As decode_tq1_0, for TQ2_0."""
     for b in range(data.shape[0]):
-        scale = d[b]
+        scale = _get_half(data, b, 64, half)
         for h in range(2):
             for k in range(32):
                 rest = np.int32(data[b, 32 * h + k])
@@ -294,23 +299,25 @@ def decode_tq2_0(data, d, out):
 
 
 @kernel
-def decode_q1_0(data, d, out):
+def decode_q1_0(data, half, out):
     """As decode_tq1_0, for Q1_0: float32 [blocks, 128]."""
     for b in range(data.shape[0]):
+        scale = _get_half(data, b, 0, half)
         for byte in range(16):
             for k in range(8):
                 bit = np.uint8(data[b, 2 + byte] >> np.uint8(k)) & np.uint8(1)
-                out[b, 8 * byte + k] = d[b] if bit else -d[b]
+                out[b, 8 * byte + k] = scale if bit else -scale
 
 
 @kernel
-def decode_q2_0(data, d, out):
+def decode_q2_0(data, half, out):
     """As decode_tq1_0, for Q2_0: float32 [blocks, 64]."""
     for b in range(data.shape[0]):
+        scale = _get_half(data, b, 0, half)
         for k in range(16):
             for t in range(4):
                 code = np.int32(np.uint8(data[b, 2 + k] >> np.uint8(2 * t)) & np.uint8(3))
-                out[b, 4 * k + t] = d[b] * np.float32(code - np.int32(1))
+                out[b, 4 * k + t] = scale * np.float32(code - np.int32(1))
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
@@ -344,7 +351,7 @@ def integers(w: np.ndarray) -> np.ndarray:
 
 def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` float32 [blocks, block] from uint8 data [blocks, block_bytes]."""
-    _DECODERS[name](data, unpack_scales(name, data), out)
+    _DECODERS[name](data, half_table(), out)
 
 
 def pack(name: str, codes: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
