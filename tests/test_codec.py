@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import dynq
-from dynq import codec, formats
+from dynq import codec, formats, reference
 from dynq.errors import DynqError
 from dynq.kernels import FAMILIES
 
@@ -229,3 +229,22 @@ def test_search_finds_the_best_ternary_scale():
     least = ((w * a * a).sum(axis=1) - best).sum()
     data = codec.quantize(weights, "TQ2_0", importance, level="search")
     assert least <= codec.weighted_error(weights, codec.dequantize(data, "TQ2_0"), importance) <= 1.00001 * least
+
+
+@needs_oracle
+@pytest.mark.parametrize("level", codec.LEVELS)
+def test_q2_0_before_gguf_knows_it(monkeypatch: pytest.MonkeyPatch, level: str):
+    """Kernel, twin and llama.cpp's decoder agree, and the error is below llama.cpp's; also of weights on few levels."""
+    monkeypatch.setitem(formats.FORMATS, "Q2_0", formats.Format("Q2_0", 42, 64, 18, fallback="Q4_0"))
+    few = np.random.default_rng(1).choice(np.float32([-0.25, 0, 0.25]), (8, 512))
+    for weights in (gaussian(33, 512), few, np.zeros((1, 512), np.float32), np.full((1, 512), 1e-41, np.float32)):
+        for columns in (None, np.exp(gaussian(1, 512, 1)[0] * 30)):
+            data = codec.quantize(weights, "Q2_0", columns, level=level)
+            ours = codec.dequantize(data, "Q2_0")
+            normal = None if columns is None else codec._columns(columns, 512, 64)
+            np.testing.assert_array_equal(data, reference.encode(weights, "Q2_0", normal, level))
+            np.testing.assert_array_equal(ours.view(np.uint32), oracle.dequantize(data, "Q2_0").view(np.uint32))
+            np.testing.assert_array_equal(ours, reference.decode(data, "Q2_0"))
+            theirs = oracle.dequantize(oracle.quantize(weights, "Q2_0", columns), "Q2_0")
+            errors = (codec.weighted_error(weights, decoded, columns) for decoded in (ours, theirs))
+            assert next(errors) <= next(errors)

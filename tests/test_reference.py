@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dynq import codec, formats, reference
 
-NAMES = list(reference.FAMILIES)
+NAMES = [name for name in reference.FAMILIES if name in formats.FORMATS]  # gguf 0.19 does not know Q2_0
 
 
 @st.composite

@@ -301,26 +301,35 @@ def pack_integers(integers, out):
 
 
 @kernel
-def unpack_integers(data, out):
-    """The inverse of pack_integers: uint8 [blocks, 136] to int8 [blocks, 8]."""
-    for b in range(data.shape[0]):
-        upper = np.uint32(data[b, 2]) | (np.uint32(data[b, 3]) << np.uint32(8))
-        for j in range(8):
-            lower = np.uint32(data[b, 4 + j // 2] >> np.uint8(4 * (j % 2))) & np.uint32(15)
-            s = lower | (((upper >> np.uint32(2 * j)) & np.uint32(3)) << np.uint32(4))
-            out[b, j] = np.int8(np.int32(s) - np.int32(32))
+def _unpack_integer(data, b, j):
+    """The integer of sub-block j of IQ4_XS block b, -32..31."""
+    lower = np.uint32(data[b, 4 + j // 2] >> np.uint8(4 * (j % 2))) & np.uint32(15)
+    upper = np.uint32(data[b, 2 + j // 4] >> np.uint8(2 * (j % 4))) & np.uint32(3)
+    return np.int32(lower | (upper << np.uint32(4))) - np.int32(32)
 
 
 @kernel
-def unpack_weights(data, d, integers, at, out):
-    """Weights float32 [blocks, 32 or 256] from blocks, their scales (unpack_scales) and their nibbles' first byte."""
+def unpack_integers(data, out):
+    """The inverse of pack_integers: uint8 [blocks, 136] to int8 [blocks, 8]."""
     for b in range(data.shape[0]):
-        for s in range(integers.shape[1]):
-            step = d[b] * np.float32(integers[b, s])
+        for j in range(8):
+            out[b, j] = np.int8(_unpack_integer(data, b, j))
+
+
+@kernel
+def unpack_weights(data, half, at, out):
+    """Blocks to weights float32 [blocks, 32 or 256]; `half` is the float32 of every half float, by its bits.
+
+    at: the first byte of the nibbles.
+    """
+    for b in range(data.shape[0]):
+        d = half[np.uint32(data[b, 0]) | (np.uint32(data[b, 1]) << np.uint32(8))]
+        for s in range(out.shape[1] // 32):
+            step = d * np.float32(_unpack_integer(data, b, s)) if at == 8 else d
             for k in range(16):
-                pair = data[b, at + 16 * s + k]
-                out[b, 32 * s + k] = step * LEVELS[pair & np.uint8(15)]
-                out[b, 32 * s + k + 16] = step * LEVELS[pair >> np.uint8(4)]
+                pair = np.int32(data[b, at + 16 * s + k])
+                out[b, 32 * s + k] = step * LEVELS[pair & np.int32(15)]
+                out[b, 32 * s + k + 16] = step * LEVELS[pair >> np.int32(4)]
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
@@ -336,7 +345,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
 
 def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` float32 [blocks, 32 or 256] from uint8 data [blocks, block_bytes]."""
-    unpack_weights(data, *unpack_scales(name, data), 2 if name == "IQ4_NL" else 8, out)
+    unpack_weights(data, half_table(), 2 if name == "IQ4_NL" else 8, out)
 
 
 def pack(name: str, codes: np.ndarray, integers: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:

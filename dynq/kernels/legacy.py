@@ -79,16 +79,17 @@ def fit_block_affine(x, w, high, tries, moves, rounds, codes, d, m):
 
 @kernel
 def fit_block_symmetric(x, w, low, high, tries, moves, rounds, codes, d):
-    """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine."""
-    X = np.empty((32, LANES), np.float32)
-    W = np.empty((32, LANES), np.float32)
-    Q = np.empty((32, LANES), np.uint8)
+    """Choose everything a block of Q4_0 or Q5_0 stores: w ~ d q, q in low..high. As fit_block_affine, of any width."""
+    width = x.shape[1]
+    X = np.empty((width, LANES), np.float32)
+    W = np.empty((width, LANES), np.float32)
+    Q = np.empty((width, LANES), np.uint8)
     A = np.empty((5, LANES), np.float32)
     B = np.empty((9, LANES), np.float32)
     S, M, E, sl, sll, sxl, unit, best, best_S = B[0], B[1], B[2], B[3], B[4], B[5], B[6], B[7], B[8]
     M[:] = ZERO
     for first in range(0, x.shape[0], LANES):
-        load(x, w, first, 32, X, W, unit)
+        load(x, w, first, width, X, W, unit)
         search_symmetric(X, W, low, high, tries, moves, S, A)
         best[:] = INFINITY
         for _ in range(rounds + 1):

@@ -1,34 +1,41 @@
-"""Blocks of one half float and few levels, as GGUF stores them: TQ1_0, TQ2_0 (-1, 0, 1), Q1_0 (-1, 1).
+"""Blocks of one half float and few levels, as GGUF stores them: TQ1_0, TQ2_0 (-1, 0, 1), Q1_0 (-1, 1), Q2_0 (-1 .. 2).
 
 Codes are the levels counted from 0::
 
     TQ1_0  54 bytes  five trits a byte 48 | four trits a byte 4 | d f16    256 weights    w = d (c - 1)
     TQ2_0  66 bytes  two-bit codes 64 | d f16                              256 weights    w = d (c - 1)
     Q1_0   18 bytes  d f16 | bits 16, bit k % 8 of byte k / 8 for w[k]     128 weights    w = d or -d
+    Q2_0   18 bytes  d f16 | two-bit codes 16                               64 weights    w = d (c - 1)
 
-TQ2_0's byte 32 h + k holds w[128 h + k] in its lowest two bits, then w[.. + 32], w[.. + 64], w[.. + 96]. TQ1_0's bytes
-are three stretches, each like this: its byte k holds w[first + k], w[first + width + k], ..., the first as the most
-significant trit; (first, width, trits) are (0, 32, 5), (160, 16, 5) and (240, 4, 4), and the missing fifth trit is 0.
-Of the number n so written, 0..242, the byte is ceil(256 n / 243): multiplied by 3, what carries over the byte is the
-first trit, and what stays holds the next ones in the same way.
+TQ2_0's byte 32 h + k holds w[128 h + k] in its lowest two bits, then w[.. + 32], w[.. + 64], w[.. + 96]; Q2_0's byte k
+holds w[4 k] .. w[4 k + 3] in the same way. TQ1_0's bytes are three stretches, each like this: its byte k holds
+w[first + k], w[first + width + k], ..., the first as the most significant trit; (first, width, trits) are (0, 32, 5),
+(160, 16, 5) and (240, 4, 4), and the missing fifth trit is 0. Of the number n so written, 0..242, the byte is
+ceil(256 n / 243): multiplied by 3, what carries over the byte is the first trit, and what stays holds the next ones in
+the same way.
 
 llama.cpp (``quantize_row_tq1_0_ref``, ``quantize_row_q1_0_ref`` in ggml-quants.c) takes the largest |w| of a block for
 d, for Q1_0 the mean of |w|, and no importance. Here d is the weighted least squares' solution: for Q1_0 the mean by
 importance, which no search betters; for ternary levels that over the weights beyond d / 2. On level `plain` this is
 iterated a few times; on level `search` all 256 sets of largest weights are compared, so d is the best there is, but for
-its rounding to a half float.
+its rounding to a half float. Q2_0 takes d of either sign; on level `search` it is searched as Q4_0 is.
 
-Source: block_tq1_0, block_tq2_0 and block_q1_0 in llama.cpp's ggml-common.h. Decoding multiplies in gguf-py's order.
+Source: block_tq1_0 to block_q2_0 in llama.cpp's ggml-common.h. Decoding multiplies in gguf-py's order.
 """
 
 import numpy as np
 
 from dynq.kernels._jit import kernel
-from dynq.kernels.fit import ZERO
+from dynq.kernels.fit import ONE, ZERO
 from dynq.kernels.floats import half, half_table, single
+from dynq.kernels.legacy import fit_block_symmetric
+from dynq.kernels.plans import Plan, pairs
 
 STEPS = 3  # of least squares; dynq.reference does as many
 HALF = np.float32(0.5)
+# Q2_0, a name that gguf 0.19 does not know yet: where a largest w > 0 would be sent on level `plain`, and the search
+SENT = np.array([1.9, -1.9, 1], np.float32)
+Q2_0 = Plan(False, 64, 64, -1, 2, tuple((s * t, 0) for s in (-1, 1) for t in (1, 1.3, 1.6, 1.9, 2.2, 2.5, 3, 4)))
 # importance as integers up to FULL, and importance x |w| as well: 256 of them sum to less than 2^31
 FULL = np.float32(1 << 22)
 
@@ -85,6 +92,46 @@ def iterate_scale(x, v, sums, d):
             if gain > best:
                 best, kept = gain, scale
         d[b] = half(kept / unit)
+
+
+@kernel
+def iterate_q2_0(x, v, codes, d):
+    """d of each Q2_0 block, by least squares from each place of SENT, then from the best. As iterate_scale.
+
+    One of them is llama.cpp's scale, so the error is never above its. Out also: codes uint8 [blocks, 64].
+    """
+    a = np.empty(64, np.float32)
+    p = np.empty(64, np.int32)
+    low, high, two = np.float32(-1), np.float32(2), np.float32(2)
+    for b in range(x.shape[0]):
+        unit, largest = _unit(x, b)
+        row = v[b % v.shape[0]]
+        for i in range(64):
+            a[i] = x[b, i] * unit
+            p[i] = np.int32(np.rint(np.float32(row[i]) * a[i] * HALF))
+        best, kept = ZERO, ONE
+        for step in range(SENT.shape[0] + 1):
+            inverse = SENT[step] / largest if step < SENT.shape[0] else ONE / kept
+            above, below = np.int32(0), np.int32(0)
+            for k in range(64):
+                q = np.rint(a[k] * inverse)
+                q = q if q > low else low
+                q = q if q < high else high
+                level = np.int32(q)
+                above = np.int32(above + np.int32(p[k] * level))
+                below = np.int32(below + np.int32(row[k] * np.int32(level * level)))
+            scale = two * np.float32(above) / np.float32(below)
+            gain = scale * np.float32(above)
+            if gain > best:
+                best, kept = gain, scale
+        d[b] = half(kept / unit) if best > ZERO else np.uint16(0)
+        stored = single(d[b])
+        inverse = ONE / stored if stored != ZERO else ZERO
+        for k in range(64):
+            q = np.rint(x[b, k] * inverse)
+            q = q if q > low else low
+            q = q if q < high else high
+            codes[b, k] = np.uint8(np.int32(q) + np.int32(1))
 
 
 @kernel
@@ -197,13 +244,27 @@ def pack_codes_q1_0(codes, out):
 
 
 @kernel
-def decode_tq1_0(data, d, out):
-    """Blocks uint8 [blocks, 54] and their scales float32 [blocks] to float32 [blocks, 256].
+def pack_codes_q2_0(codes, out):
+    """As pack_codes_tq1_0, for Q2_0: codes uint8 [blocks, 64], 0..3."""
+    for b in range(codes.shape[0]):
+        for k in range(16):
+            upper = (codes[b, 4 * k + 2] << 4) | (codes[b, 4 * k + 3] << 6)
+            out[b, 2 + k] = np.uint8(codes[b, 4 * k] | (codes[b, 4 * k + 1] << 2) | upper)
+
+
+@kernel
+def _get_half(data, b, at, half):
+    return half[np.uint32(data[b, at]) | (np.uint32(data[b, at + 1]) << np.uint32(8))]
+
+
+@kernel
+def decode_tq1_0(data, half, out):
+    """Blocks uint8 [blocks, 54] to float32 [blocks, 256]; `half` is the float32 of every half float, by its bits.
 
     The three stretches are written out because only literal bounds let the loops over bytes vectorise.
     """
     for b in range(data.shape[0]):
-        scale = d[b]
+        scale = _get_half(data, b, 52, half)
         for k in range(32):
             rest = np.uint32(data[b, k])
             for t in range(5):
@@ -225,10 +286,10 @@ def decode_tq1_0(data, d, out):
 
 
 @kernel
-def decode_tq2_0(data, d, out):
+def decode_tq2_0(data, half, out):
     """As decode_tq1_0, for TQ2_0."""
     for b in range(data.shape[0]):
-        scale = d[b]
+        scale = _get_half(data, b, 64, half)
         for h in range(2):
             for k in range(32):
                 rest = np.int32(data[b, 32 * h + k])
@@ -238,13 +299,25 @@ def decode_tq2_0(data, d, out):
 
 
 @kernel
-def decode_q1_0(data, d, out):
+def decode_q1_0(data, half, out):
     """As decode_tq1_0, for Q1_0: float32 [blocks, 128]."""
     for b in range(data.shape[0]):
+        scale = _get_half(data, b, 0, half)
         for byte in range(16):
             for k in range(8):
                 bit = np.uint8(data[b, 2 + byte] >> np.uint8(k)) & np.uint8(1)
-                out[b, 8 * byte + k] = d[b] if bit else -d[b]
+                out[b, 8 * byte + k] = scale if bit else -scale
+
+
+@kernel
+def decode_q2_0(data, half, out):
+    """As decode_tq1_0, for Q2_0: float32 [blocks, 64]."""
+    for b in range(data.shape[0]):
+        scale = _get_half(data, b, 0, half)
+        for k in range(16):
+            for t in range(4):
+                code = np.int32(np.uint8(data[b, 2 + k] >> np.uint8(2 * t)) & np.uint8(3))
+                out[b, 4 * k + t] = scale * np.float32(code - np.int32(1))
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
@@ -253,6 +326,11 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     codes, d = np.empty(x.shape, np.uint8), np.empty(len(x), np.uint16)
     if name == "Q1_0":
         mean_scale(x, w, codes, d)
+    elif name == "Q2_0" and level == "search":
+        low, high = np.float32(Q2_0.low), np.float32(Q2_0.high)
+        fit_block_symmetric(x, w, low, high, pairs(Q2_0.tries), pairs(Q2_0.moves), Q2_0.rounds, codes, d)
+    elif name == "Q2_0":
+        iterate_q2_0(x, integers(w), codes, d)
     else:
         v = integers(w)
         if level == "plain":
@@ -267,20 +345,20 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
 
 
 def integers(w: np.ndarray) -> np.ndarray:
-    """Importance float32 [blocks, 256] as integers, the largest of each block as FULL: int32."""
+    """Importance float32 [blocks, block] as integers, the largest of each block as FULL: int32."""
     return np.rint(w * (FULL / w.max(axis=1, keepdims=True))).astype(np.int32)
 
 
 def decode(name: str, data: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` float32 [blocks, block] from uint8 data [blocks, block_bytes]."""
-    {"TQ1_0": decode_tq1_0, "TQ2_0": decode_tq2_0, "Q1_0": decode_q1_0}[name](data, unpack_scales(name, data), out)
+    _DECODERS[name](data, half_table(), out)
 
 
 def pack(name: str, codes: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
     """Fill `out` [blocks, block_bytes] from codes uint8 [blocks, block] and d, bits of half floats, uint16 [blocks]."""
     at = _HALF_AT[name]
     out[:, at : at + 2] = d[:, None].view(np.uint8)
-    {"TQ1_0": pack_codes_tq1_0, "TQ2_0": pack_codes_tq2_0, "Q1_0": pack_codes_q1_0}[name](codes, out)
+    _PACKERS[name](codes, out)
 
 
 def unpack_scales(name: str, data: np.ndarray) -> np.ndarray:
@@ -289,4 +367,6 @@ def unpack_scales(name: str, data: np.ndarray) -> np.ndarray:
     return half_table()[np.ascontiguousarray(data[:, at : at + 2]).view(np.uint16)[:, 0]]
 
 
-_HALF_AT = {"TQ1_0": 52, "TQ2_0": 64, "Q1_0": 0}  # the first byte of a block's half float
+_HALF_AT = {"TQ1_0": 52, "TQ2_0": 64, "Q1_0": 0, "Q2_0": 0}  # the first byte of a block's half float
+_PACKERS = {"TQ1_0": pack_codes_tq1_0, "TQ2_0": pack_codes_tq2_0, "Q1_0": pack_codes_q1_0, "Q2_0": pack_codes_q2_0}
+_DECODERS = {"TQ1_0": decode_tq1_0, "TQ2_0": decode_tq2_0, "Q1_0": decode_q1_0, "Q2_0": decode_q2_0}

@@ -1,9 +1,9 @@
-"""Twin of dynq.kernels.ternary: TQ1_0, TQ2_0 and Q1_0. Layout and method are described there."""
+"""Twin of dynq.kernels.ternary: TQ1_0, TQ2_0, Q1_0 and Q2_0. Layout and method are described there."""
 
 import numpy as np
 
-from dynq.kernels.ternary import FULL, STEPS
-from dynq.reference.scalar import _bytes, _float, _join, _split, _stored, _sum, _unit
+from dynq.kernels.ternary import FULL, Q2_0, SENT, STEPS
+from dynq.reference.scalar import _bytes, _float, _join, _round, _split, _stored, _sum, _unit, fit_block
 
 F = np.float32
 # first weight, first byte, bytes, trits a byte
@@ -13,6 +13,9 @@ TRITS = ((0, 0, 32, 5), (160, 32, 16, 5), (240, 48, 4, 4))
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
     """float32 [blocks, block] to uint8 [blocks, block_bytes]; w float32 like x, the importance, or None."""
     w = np.ones(x.shape, F) if w is None else w
+    if name == "Q2_0":
+        codes, d = iterate_q2_0(x, w) if level == "plain" else fit_block(x, w, Q2_0)[:2]
+        return np.concatenate([_bytes(d), _join(codes, 16, 2, 1)], axis=1)
     unit = _unit(x)
     a = np.abs(x * unit[:, None])
     if name == "Q1_0":
@@ -30,6 +33,8 @@ def decode(name: str, blocks: np.ndarray) -> np.ndarray:
     if name == "Q1_0":
         d = _float(blocks, 0)
         return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d)
+    if name == "Q2_0":
+        return _float(blocks, 0) * (_split(blocks[:, 2:], 16, 2, 1).astype(F) - F(1))
     if name == "TQ2_0":
         codes = _split(np.ascontiguousarray(blocks[:, :64]), 2, 2, 32)
     else:
@@ -67,6 +72,23 @@ def best_scale(a: np.ndarray, w: np.ndarray) -> np.ndarray:
     best = (above * (above / below)).argmax(axis=1)[:, None]
     above, below = (np.take_along_axis(n, best, 1)[:, 0] for n in (above, below))
     return F(2) * above / below
+
+
+def iterate_q2_0(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes from 0 and half floats d of blocks [blocks, 64]: least squares from each place of SENT."""
+    unit = _unit(x)
+    y = x * unit[:, None]
+    p, v = _products(y, w)
+    best, kept = np.zeros(len(x), F), np.ones(len(x), F)
+    for step in range(len(SENT) + 1):
+        inverse = SENT[step] / np.abs(y).max(axis=1) if step < len(SENT) else F(1) / kept
+        q = np.clip(np.rint(y * inverse[:, None]), F(-1), F(2)).astype(np.int32)
+        above, below = (n.sum(axis=1).astype(F) for n in (p * q, v * q * q))
+        scale = F(2) * above / below
+        better = scale * above > best
+        best, kept = np.where(better, scale * above, best), np.where(better, scale, kept)
+    d = _stored(np.where(best > 0, kept / unit, F(0)))
+    return (_round(x, d.astype(F)[:, None], 0, -1, 2) + F(1)).astype(np.uint8), d
 
 
 def _join_trits(codes: np.ndarray, first: int, _: int, width: int, trits: int) -> np.ndarray:
