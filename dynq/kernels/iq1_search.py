@@ -1,9 +1,10 @@
 """The search for IQ1_S and IQ1_M: which entries of the code book, deltas, scales and d a block takes.
 
-It is exact where llama.cpp looks at neighbours of a rounding. For a given step and delta every weight has a
-cost of each of -1, 0, 1. The cost of an entry is that of its first four numbers plus that of its last four, and there
-are only 81 quadruples of each; so both tables are filled, and the cheapest of the 2048 sums is found with one integer
-minimum and a fraction of an addition for each. First steps come from rounding to -1, 0, 1 without a code book.
+The code book is searched to the end, where llama.cpp looks at neighbours of a rounding. For a given step and delta
+every weight has a cost of each of -1, 0, 1. The cost of an entry is that of its first four numbers plus that of its
+last four, and there are only 81 quadruples of each; so both tables are filled, and the cheapest of the 2048 sums is
+found with one integer minimum and a fraction of an addition for each. First steps come from rounding to -1, 0, 1
+without a code book.
 
 Blocks are worked on side by side: arrays are [weight in group, lane], lane = group * GROUP + block.
 
@@ -27,7 +28,7 @@ HALF = np.float32(0.5)
 TOP = np.float32(7)  # the largest scale
 # A weight's largest cost in the tables: eight of them fit int16, of which a vector holds twice as many as of float32
 MOST = np.float32(4095)
-LIMIT = np.float32(8 * 4095)  # MOST for the mean of eight weights
+LIMIT = np.float32(8 * 4095)  # sets MOST at about the cost of a step for the mean of a group's eight weights
 TINY = np.float32(1e-20)
 
 
@@ -43,9 +44,10 @@ class Search(NamedTuple):
 
 
 # Chosen on trained weights: all eight scales and more passes lower the error by another 0.1 % at most.
+_ENDS = (9.0, 11.0, 13.0, 14.0, 15.0, 16.0, 17.0)
 SEARCHES = {
-    "plain": Search((1.0, 1.25, 1.5, 1.8), 1, (9.0, 11.0, 13.0, 14.0, 15.0, 16.0, 17.0), (0,)),
-    "search": Search((0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.6, 1.8, 2.1), 2, tuple(0.5 * t for t in range(14, 37)), (0, 1)),
+    "plain": Search((1.0, 1.25, 1.5, 1.8), 1, _ENDS, (0,)),
+    "search": Search((0.85, 1.0, 1.15, 1.35, 1.6, 1.9), 2, _ENDS, (0, 1)),
 }
 
 
@@ -328,8 +330,8 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
     sums = np.empty((2, 3, LANES), np.float32)
     entry = np.empty((2, LANES), np.uint16)
     flip = np.empty(LANES, np.bool_)
-    B = np.empty((6, L.shape[0]), np.float32)
-    middle, size, total, best, new_sx, new_sl = B[0], B[1], B[2], B[3], B[4], B[5]
+    B = np.empty((7, L.shape[0]), np.float32)
+    middle, level, size, cost, best, new_sx, new_sl = B[0], B[1], B[2], B[3], B[4], B[5], B[6]
     sw[:] = ZERO
     swx[:] = ZERO
     for i in range(8):
@@ -343,8 +345,8 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
         for s in range(L.shape[0] // GROUP):
             for g in range(GROUP):
                 u = s * GROUP + g
-                total[u] = min(max(middle[u] + np.float32(k), ZERO), TOP)
-                size[u] = D[g] * (TWO * total[u] + ONE)
+                level[u] = min(max(middle[u] + np.float32(k), ZERO), TOP)
+                size[u] = D[g] * (TWO * level[u] + ONE)
         _to_groups(size, run, step)
         for j in range(LANES):
             limit[j] = LIMIT / max(step[j] * sw[j] + swx[j], TINY)
@@ -354,16 +356,16 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
         _sum_groups(sums[0, 1], sums[1, 1], flip, run, new_sx)
         _sum_groups(sums[0, 2], sums[1, 2], flip, run, new_sl)
         for u in range(L.shape[0]):
-            size[u] = size[u] * (size[u] * new_sl[u] - TWO * new_sx[u])
+            cost[u] = size[u] * (size[u] * new_sl[u] - TWO * new_sx[u])
         for s in range(32):
             for g in range(GROUP):
                 j, u = s * GROUP + g, s // run * GROUP + g
-                if size[u] < best[u]:
+                if cost[u] < best[u]:
                     found[j] = entry[1, j] if flip[j] else entry[0, j]
                     signs[j] = np.uint8(flip[j])
         for u in range(L.shape[0]):
-            if size[u] < best[u]:
-                best[u], L[u], sx[u], sl[u] = size[u], total[u], new_sx[u], new_sl[u]
+            if cost[u] < best[u]:
+                best[u], L[u], sx[u], sl[u] = cost[u], level[u], new_sx[u], new_sl[u]
 
 
 @kernel
