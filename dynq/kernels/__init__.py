@@ -15,7 +15,6 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("IQ1_S", "IQ1_M"), iq1),
     **dict.fromkeys(("MXFP4", "NVFP4"), fp4),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), iq4),
-    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), ternary),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), iquants),
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"), ternary),
 }

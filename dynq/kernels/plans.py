@@ -71,7 +71,7 @@ def _wider(plan: Plan) -> Plan:
 
 
 _SEARCH = {name: plan if name == "Q8_0" else _wider(plan) for name, plan in PLANS.items()}
-# without importance `plain` only rounds blocks of 32, so `search` must be quick there: three tries find most of the gain
+# without importance `plain` only rounds blocks of 32, so `search` must be quick there: three tries bring most of it
 _QUICK = {n: replace(p, tries=p.tries[::6], moves=_NONE, rounds=1) for n, p in PLANS.items() if p.width == 32}
 
 
