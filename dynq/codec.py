@@ -37,6 +37,8 @@ def quantize(
     Q4_0, Q4_1, Q5_0 and Q5_1 are rounded without a search where no importance is given, as llama.cpp does; Q8_0, F16,
     BF16 and F32 never use it. Values beyond the largest half float are stored as that one.
 
+    level: `plain` searches about as far as llama.cpp does; `search` tries more scales in up to four times the time and
+    errs less on any tensor of some size, though not in every single block.
     threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
     """

@@ -164,7 +164,7 @@ def encode(
                 continue
             data = _feedback(weights, form, both.matrix, SHRINKAGE[at], threads)
             return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "")
-    better = bool((search <= plain).all())
+    better = bool((search <= GAIN * plain).all())
     level = "search" if better else "plain"
     won = (search if better else plain)[judged] / plain[judged]
     return Encoded(candidates[level], level, None, tuple(map(float, won)), reason)
