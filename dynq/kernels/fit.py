@@ -13,6 +13,7 @@ import numpy as np
 
 from dynq.kernels._jit import kernel
 from dynq.kernels.floats import half, single
+from dynq.kernels.plans import SINGULAR
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
@@ -113,7 +114,7 @@ def search_affine(X, W, high, signed, tries, moves, S, M, A):
             scale = scale if free else sxl[j] / sll[j]
             minimum = minimum if free else ZERO
             gain = scale * sxl[j] + minimum * sx[j]
-            better = (determinant > ZERO) & (scale > ZERO) & (gain > best[j])
+            better = (determinant > SINGULAR * sw[j] * sll[j]) & (scale > ZERO) & (gain > best[j])
             best[j] = gain if better else best[j]
             S[j] = scale if better else S[j]
             M[j] = minimum if better else M[j]

@@ -43,7 +43,7 @@ from dynq.kernels.fit import (
     stored,
 )
 from dynq.kernels.floats import half, half_table
-from dynq.kernels.plans import pairs, plan_of
+from dynq.kernels.plans import SINGULAR, pairs, plan_of
 
 GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
 
@@ -100,7 +100,7 @@ def _descend_affine(top, sw, sx, sl, sll, sxl, S, ls, lm, unit, D, DM):
         for g in range(GROUP):
             j = s * GROUP + g
             determinant = sw[j] * sll[j] - sl[j] * sl[j]
-            wish = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant if determinant > ZERO else S[j]
+            wish = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant if determinant > SINGULAR * sw[j] * sll[j] else S[j]
             middle = np.rint(wish / D[g]) if D[g] > ZERO else ZERO
             least = INFINITY
             for step in (-ONE, ZERO, ONE):
@@ -127,7 +127,7 @@ def _descend_affine(top, sw, sx, sl, sll, sxl, S, ls, lm, unit, D, DM):
             ax += ls[j] * sxl[j]
             bx += lm[j] * sx[j]
         determinant = aa * bb - ab * ab
-        if determinant > ZERO:
+        if determinant > SINGULAR * aa * bb:
             scale = (bb * ax - ab * bx) / determinant
             minimum = (ab * ax - aa * bx) / determinant
             if scale > ZERO and minimum > ZERO:

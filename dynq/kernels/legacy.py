@@ -19,7 +19,7 @@ import numpy as np
 from dynq.kernels._jit import kernel
 from dynq.kernels.fit import INFINITY, ONE, ZERO, assign, load, measure, search_affine, search_symmetric, stored
 from dynq.kernels.floats import half, half_table, single
-from dynq.kernels.plans import pairs, plan_of
+from dynq.kernels.plans import SINGULAR, pairs, plan_of
 
 LANES = 64  # blocks side by side
 BIT = (np.uint32(1) << np.arange(32, dtype=np.uint32)).view(np.int32)
@@ -68,7 +68,7 @@ def fit_block_affine(x, w, high, tries, moves, rounds, codes, d, m):
                 if E[j] < best[j]:
                     best[j], best_S[j], best_M[j] = E[j], S[j], M[j]
                 determinant = sw[j] * sll[j] - sl[j] * sl[j]
-                if determinant > ZERO:
+                if determinant > SINGULAR * sw[j] * sll[j]:
                     S[j] = (sw[j] * sxl[j] - sx[j] * sl[j]) / determinant
                     M[j] = (sll[j] * sx[j] - sl[j] * sxl[j]) / determinant
         assign(X, first, ZERO, high, best_S, best_M, unit, Q, codes)

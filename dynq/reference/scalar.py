@@ -7,7 +7,7 @@ method is described in dynq.kernels.fit.
 
 import numpy as np
 
-from dynq.kernels.plans import Plan, plan_of
+from dynq.kernels.plans import SINGULAR, Plan, plan_of
 
 F = np.float32
 
@@ -96,7 +96,7 @@ def search_affine(x: np.ndarray, w: np.ndarray, plan: Plan, signed: bool) -> tup
         free = (m <= 0) | signed
         s, m = np.where(free, s, sxl / sll), np.where(free, m, F(0))
         gain = s * sxl + m * sx
-        better = (determinant > 0) & (s > 0) & (gain > best)
+        better = (determinant > SINGULAR * sw * sll) & (s > 0) & (gain > best)
         best, scale, offset = np.where(better, gain, best), np.where(better, s, scale), np.where(better, m, offset)
     return scale, offset
 
@@ -195,7 +195,7 @@ def _descend_affine(
     """Codes fixed: per sub-block the best stored (scale, min), then the best two floats of the super-block."""
     D, DM, top = d[:, None], dm[:, None], F(plan.top)
     determinant = sw * sll - sl * sl
-    wish = np.where(determinant > 0, (sw * sxl - sx * sl) / determinant, scale)
+    wish = np.where(determinant > SINGULAR * sw * sll, (sw * sxl - sx * sl) / determinant, scale)
     middle = np.where(D > 0, np.rint(wish / D), F(0))
     least = np.full(ls.shape, np.inf, F)
     for step in (-1, 0, 1):
@@ -210,8 +210,9 @@ def _descend_affine(
     ax, bx = _sum(ls * sxl), _sum(lm * sx)
     determinant = aa * bb - ab * ab
     s, m = (bb * ax - ab * bx) / determinant, (ab * ax - aa * bx) / determinant
-    both = (determinant > 0) & (s > 0) & (m > 0)
-    alone = ~(determinant > 0) & (aa > 0) & (bb == 0) & (ax > 0)
+    regular = determinant > SINGULAR * aa * bb
+    both = regular & (s > 0) & (m > 0)
+    alone = ~regular & (aa > 0) & (bb == 0) & (ax > 0)
     d = np.where(both, _seen(s, unit), np.where(alone, _seen(ax / aa, unit), d))
     return d, np.where(both, _seen(m, unit), dm), ls, lm
 
@@ -238,8 +239,9 @@ def fit_block(x: np.ndarray, w: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.
         sl, sll, sxl = _sum(w * q), _sum(w * q * q), _sum(w * q * x)
         if plan.affine:
             determinant = sw * sll - sl * sl
-            scale = np.where(determinant > 0, (sw * sxl - sx * sl) / determinant, scale)
-            offset = np.where(determinant > 0, (sll * sx - sl * sxl) / determinant, offset)
+            regular = determinant > SINGULAR * sw * sll
+            scale = np.where(regular, (sw * sxl - sx * sl) / determinant, scale)
+            offset = np.where(regular, (sll * sx - sl * sxl) / determinant, offset)
         else:
             scale = np.where(sll > 0, sxl / sll, scale)
     scale, offset = kept
