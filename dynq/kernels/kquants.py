@@ -455,7 +455,7 @@ def decode_q6_k(data, half, out):
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
-    plan = plan_of(name, level)
+    plan = plan_of(name, level, w is not None)
     w = np.ones((1, 256), np.float32) if w is None else w
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)

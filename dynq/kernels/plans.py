@@ -75,8 +75,12 @@ def _wider(plan: Plan) -> Plan:
 
 
 _SEARCH = {name: plan if name == "Q8_0" else _wider(plan) for name, plan in PLANS.items()}
-# without importance `plain` only rounds blocks of 32, so `search` must be quick there: three tries bring most of it
-_QUICK = {n: replace(p, tries=p.tries[::6], moves=_NONE, rounds=1) for n, p in PLANS.items() if p.width == 32}
+# Without importance llama.cpp is quick. It only rounds blocks of 32, as `plain` does, so that `search` must be quick there
+# too; Q3_K errs no more with four tries than with twelve.
+_UNWEIGHTED = {
+    "plain": {"Q3_K": replace(PLANS["Q3_K"], tries=_spread(3.3, 4.8, 4), rounds=1, deltas=_DELTAS[::2])},
+    "search": {n: replace(p, tries=p.tries[::6], moves=_NONE, rounds=1) for n, p in PLANS.items() if p.width == 32},
+}
 
 
 def pairs(values: tuple[tuple[float, float], ...]) -> np.ndarray:
@@ -86,6 +90,5 @@ def pairs(values: tuple[tuple[float, float], ...]) -> np.ndarray:
 
 def plan_of(name: str, level: str, weighted: bool = True) -> Plan:
     """The plan of a format on a level, `plain` or `search`, with importance or without."""
-    if level == "plain":
-        return PLANS[name]
-    return _SEARCH[name] if weighted or name not in _QUICK else _QUICK[name]
+    plans = PLANS if level == "plain" else _SEARCH
+    return plans[name] if weighted else _UNWEIGHTED[level].get(name, plans[name])
