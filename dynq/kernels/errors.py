@@ -25,3 +25,18 @@ def weighted_error(weights, decoded, importance, out):
             p = float(weights[r, j]) - float(decoded[r, j])
             a += importance[j] * p * p
         out[r] = (a + b) + (c + e)
+
+
+@kernel
+def block_errors(x, w, decoded, out):
+    """out[b] = sum_i w (x - decoded)^2 of each block, from first to last in float64.
+
+    x, decoded float32 [blocks, n]; w float32 [blocks of a row, n].
+    """
+    per_row = w.shape[0]
+    for b in range(x.shape[0]):
+        total = 0.0
+        for i in range(x.shape[1]):
+            miss = float(x[b, i]) - float(decoded[b, i])
+            total += float(w[b % per_row, i]) * miss * miss
+        out[b] = total

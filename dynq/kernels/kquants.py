@@ -30,6 +30,7 @@ Source: block_q2_K to block_q6_K in llama.cpp's ggml-common.h. Decoding multipli
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels.errors import block_errors
 from dynq.kernels.fit import (
     INFINITY,
     ONE,
@@ -43,7 +44,7 @@ from dynq.kernels.fit import (
     stored,
 )
 from dynq.kernels.floats import half, half_table
-from dynq.kernels.plans import SINGULAR, pairs, plan_of
+from dynq.kernels.plans import SINGULAR, Plan, pairs, plan_of
 
 GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
 
@@ -454,9 +455,24 @@ def decode_q6_k(data, half, out):
 
 
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
-    """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
-    plan = plan_of(name, level, w is not None)
-    w = np.ones((1, 256), np.float32) if w is None else w
+    """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None.
+
+    Better lines of the sub-blocks need not be better ones once their scales share a float: on level `search` every
+    block keeps what `plain` makes of it where that errs less.
+    """
+    weight = np.ones((1, 256), np.float32) if w is None else w
+    _encode(name, x, weight, plan_of(name, level, w is not None), out)
+    if level == "search":
+        plain, decoded = np.empty_like(out), np.empty_like(x)
+        _encode(name, x, weight, plan_of(name, "plain", w is not None), plain)
+        ours, theirs = np.empty((2, len(x)))
+        for data, errors in ((out, ours), (plain, theirs)):
+            decode(name, data, decoded)
+            block_errors(x, weight, decoded, errors)
+        out[theirs < ours] = plain[theirs < ours]
+
+
+def _encode(name: str, x: np.ndarray, w: np.ndarray, plan: Plan, out: np.ndarray) -> None:
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))

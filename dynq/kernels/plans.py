@@ -71,11 +71,11 @@ def _wider(plan: Plan) -> Plan:
     if high == 3:
         return replace(plan, tries=_spread(2.2, 4.6, 7, (0, 1 / 12, 2 / 12, 3 / 12)), moves=((1, 0), (1, 0)))
     cut = _spread(1.05 * high, 1.35 * high, 4, (0.07, 0.14, 0.2))
-    return replace(plan, tries=plan.tries[::2] + cut, moves=_around(high))
+    return replace(plan, tries=plan.tries + cut, moves=_around(high))
 
 
 _SEARCH = {name: plan if name == "Q8_0" else _wider(plan) for name, plan in PLANS.items()}
-# Without importance llama.cpp is quick. It only rounds blocks of 32, as `plain` does, so that `search` must be quick there
+# Without importance llama.cpp is quick. It only rounds blocks of 32, as `plain` does, so `search` must be quick there
 # too; Q3_K errs no more with four tries than with twelve.
 _UNWEIGHTED = {
     "plain": {"Q3_K": replace(PLANS["Q3_K"], tries=_spread(3.3, 4.8, 4), rounds=1, deltas=_DELTAS[::2])},

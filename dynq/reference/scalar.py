@@ -15,17 +15,22 @@ F = np.float32
 def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str) -> np.ndarray:
     """float32 [blocks, block] to uint8 [blocks, block_bytes]; w float32 like x, the importance, or None."""
     plan = plan_of(name, level, w is not None)
-    rounded = name == "Q8_0" or (w is None and level == "plain")
-    w = np.ones(x.shape, F) if w is None else w
+    weight = np.ones(x.shape, F) if w is None else w
     if plan.width == 256:
-        return np.concatenate(_pack_super(name, *fit_super(x, w, plan)), axis=1)
-    codes, d, m = (round_block if rounded else fit_block)(x, w, plan)
+        data = np.concatenate(_pack_super(name, *fit_super(x, weight, plan)), axis=1)
+        if level == "plain":
+            return data
+        plain = encode(name, x, w, "plain")
+        ours, theirs = (_block_errors(x, weight, decode(name, found)) for found in (data, plain))
+        return np.where((theirs < ours)[:, None], plain, data)
+    rounded = name == "Q8_0" or (w is None and level == "plain")
+    codes, d, m = (round_block if rounded else fit_block)(x, weight, plan)
     if name == "Q8_0":
         return np.concatenate([_bytes(d), codes ^ np.uint8(128)], axis=1)
     pairs = codes[:, :16] & 15 | (codes[:, 16:] & 15) << 4
     fifth = np.packbits(codes >> 4, axis=1, bitorder="little")
-    data = [_bytes(d)] + [_bytes(m)] * plan.affine + [fifth] * (plan.high - plan.low == 31) + [pairs]
-    return np.concatenate(data, axis=1)
+    parts = [_bytes(d)] + [_bytes(m)] * plan.affine + [fifth] * (plan.high - plan.low == 31) + [pairs]
+    return np.concatenate(parts, axis=1)
 
 
 def decode(name: str, blocks: np.ndarray) -> np.ndarray:
@@ -53,6 +58,11 @@ def decode(name: str, blocks: np.ndarray) -> np.ndarray:
 def _sum(terms: np.ndarray) -> np.ndarray:
     """Sum over the last axis from first to last, as the kernels do (np.sum adds in pairs)."""
     return np.cumsum(terms, axis=-1, dtype=F)[..., -1]
+
+
+def _block_errors(x: np.ndarray, w: np.ndarray, decoded: np.ndarray) -> np.ndarray:
+    miss = x.astype(np.float64) - decoded
+    return np.cumsum(w * miss * miss, axis=1)[:, -1]
 
 
 def _stored(value: np.ndarray) -> np.ndarray:
