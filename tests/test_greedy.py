@@ -38,10 +38,9 @@ def test_divergence_by_hand():
 
 
 class Counting(torch.nn.Module):
-    """Says the last token plus one; a chat of the model ends at token 2."""
+    """Says the last token plus one."""
 
     device = torch.device("cpu")
-    config = generation_config = SimpleNamespace(eos_token_id=2)
 
     def __init__(self, tokenizer):
         super().__init__()
@@ -55,21 +54,22 @@ class Counting(torch.nn.Module):
 def test_answers_are_the_most_likely_tokens(tiny):
     _, tokenizer = tiny
     end = len(tokenizer) - 2
-    answers = greedy.answer(Counting(tokenizer), tokenizer, [[9, 9, 100], [20], [end]], n_tokens=5, desc="")
+    answers = greedy.answer(Counting(tokenizer), [[9, 9, 100], [20], [end]], {2}, n_tokens=5, desc="")
     assert answers[:2] == [[101, 102, 103, 104, 105], [21, 22, 23, 24, 25]]
-    assert answers[2] == [end + 1, 0, 1, 2]  # token 2 ends the turn
+    assert answers[2] == [end + 1, 0, 1, 2]  # token 2 ends an answer
 
 
 def test_batches_change_nothing_and_a_model_agrees_with_itself(tiny):
     model, tokenizer = tiny
     encoded = greedy.encode_prompts(tokenizer, 4, n_ctx=1024, n_tokens=6)
-    answers = greedy.answer(model, tokenizer, encoded, n_tokens=6, batch=3, desc="")
+    stop = greedy.stop_tokens(model, tokenizer)
+    answers = greedy.answer(model, encoded, stop, n_tokens=6, batch=3, desc="")
     alone = []
     for prompt in encoded:
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=[0, 2])
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=list(stop))
         alone.append(ids[0, len(prompt) :].tolist())
     assert answers == alone
-    assert greedy.compare(answers, greedy.answer(model, tokenizer, encoded, n_tokens=6, batch=3, desc="")).share == 1
+    assert greedy.compare(answers, greedy.answer(model, encoded, stop, n_tokens=6, batch=3, desc="")).share == 1
 
 
 def test_prompts_are_the_held_out_ones(tiny):

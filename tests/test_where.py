@@ -111,3 +111,9 @@ def test_mistakes_are_named(original, file, quantized, reference):
         where.cost_of_tensors(quantized, original, file, reference, by="block")
     with pytest.raises(DynqError, match="no tensor, layer or kind is called attn_w"):
         where.cost_of_tensors(quantized, original, file, reference, among=["attn_w"])
+
+
+def test_an_output_stored_apart_is_restored_from_the_tied_embedding(original):
+    assert original.tied and where._source("output.weight", original, original) == "token_embd.weight"
+    with pytest.raises(DynqError, match=r"has no tensor blk.0.attn_q.bias; not the same model"):
+        where._source("blk.0.attn_q.bias", original, original)

@@ -33,11 +33,16 @@ def encode_prompts(
     return [encode_prompt(tokenizer, messages)[n_tokens - n_ctx :] for messages in conversations[:n]]
 
 
+def stop_tokens(original: Any, tokenizer: Any) -> set[int]:
+    """What ends an answer, by the original's config and chat template. A GGUF may name fewer such tokens."""
+    return end_of_turn(original, tokenizer)[0]
+
+
 @torch.inference_mode()
 def answer(
     model: Any,
-    tokenizer: Any,
     encoded: Sequence[Sequence[int]],
+    stop: set[int],
     *,
     n_tokens: int = 32,
     batch: int = 16,
@@ -45,9 +50,8 @@ def answer(
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt: at most `n_tokens`, fewer where it ends its turn.
 
-    tokenizer: the original's, for all models. An empty desc means no progress bar.
+    stop: `stop_tokens` of the original, for all models. An empty desc means no progress bar.
     """
-    stop, _ = end_of_turn(model, tokenizer)
     answers: list[list[int]] = [[] for _ in encoded]
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at]))  # less padding
     starts = range(0, len(order), batch)
