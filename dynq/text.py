@@ -119,14 +119,14 @@ def sample_chats(
     An answer ends with the model's end-of-turn token, which is kept, and what the chat template writes after it.
     generator: torch.Generator on the CPU; equal seeds and thread counts give equal answers. bar: counts tokens.
     """
-    stop, tail = _end_of_turn(model, tokenizer)
+    stop, tail = end_of_turn(model, tokenizer)
     encoded = [prompt[: max_tokens // 2] for prompt in encoded]
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     chats: list[list[int]] = [[] for _ in encoded]
     for start in range(0, len(order), _BATCH):
         rows = order[start : start + _BATCH]
-        answers = _sample_batch(model, [encoded[at] for at in rows], max_tokens // 2, stop, generator, bar)
+        answers = answer_batch(model, [encoded[at] for at in rows], max_tokens // 2, stop, generator, bar)
         for at, answer in zip(rows, answers, strict=True):
             chats[at] = encoded[at] + answer + (tail if answer[-1] in stop else [])
     return chats
@@ -139,7 +139,7 @@ def _sampled_chunks(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    encoded = [_encode_prompt(tokenizer, messages)[: n_ctx // 2] for messages in conversations]
+    encoded = [encode_prompt(tokenizer, messages)[: n_ctx // 2] for messages in conversations]
     chunks: list[list[int]] = []
     filling: list[int] = []
     used, answered = 0, 0
@@ -172,12 +172,13 @@ def _sampled_chunks(
     return chunks[:n_chunks], f"sampled from the model with {used} prompts"
 
 
-def _sample_batch(
+def answer_batch(
     model: Any, encoded: list[list[int]], max_answer: int, stop: set[int], generator: Any, bar: Any
 ) -> list[list[int]]:
-    """One answer of 1 to `max_answer` tokens per prompt.
+    """One answer of 1 to `max_answer` tokens per prompt: sampled at temperature 1, or greedy without a generator.
 
-    Prompts are padded on the left; rows that ended leave the batch when half of them have.
+    Prompts are padded on the left; rows that ended leave the batch when half of them have. An answer ends with a token
+    of `stop`, which is kept.
     """
     import inspect
 
@@ -205,10 +206,14 @@ def _sample_batch(
                 inputs["logits_to_keep"] = 1
             output = model(**inputs, use_cache=True)
             cache = output.past_key_values
-            # inverse of the distribution function: five times as fast as torch.multinomial
-            sums = output.logits[:, -1].float().cpu().softmax(-1).cumsum(-1)
-            drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
-            ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+            logits = output.logits[:, -1].float().cpu()
+            if generator is None:
+                ids = logits.argmax(-1, keepdim=True)
+            else:
+                # inverse of the distribution function: five times as fast as torch.multinomial
+                sums = logits.softmax(-1).cumsum(-1)
+                drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
+                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
             if bar is not None:
                 bar.update(max(0, min(bar.total - bar.n, len(open_rows) + (sum(map(len, encoded)) if first else 0))))
             first = False
@@ -272,7 +277,7 @@ def _file_tokens(path: Path, tokenizer: Any, need: int) -> list[int]:
     # Only as much of a long text as is needed; tokens near the cut may differ from those of the whole, so 64 are spare.
     length = 16 * need
     while True:
-        ids = _encode(tokenizer, text[:length])
+        ids = encode(tokenizer, text[:length])
         if length >= len(text) or len(ids) >= need + 64:
             return ids[:need]
         length *= 4
@@ -284,7 +289,7 @@ def _line_tokens(tokenizer: Any, line: str, where: str) -> list[int]:
     except json.JSONDecodeError as error:
         raise DynqError(f"{where}: no valid JSON: {error.msg} at column {error.colno}") from error
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return _encode(tokenizer, entry["text"])
+        return encode(tokenizer, entry["text"])
     turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise DynqError(f'{where}: no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
@@ -296,14 +301,15 @@ def _line_tokens(tokenizer: Any, line: str, where: str) -> list[int]:
             raise DynqError(f"{where}: a turn without role or content as text")
         messages.append({"role": _ROLES.get(role, role), "content": content})
     if not tokenizer.chat_template:
-        return _encode(tokenizer, _plain(messages))
-    return _encode(tokenizer, _templated(tokenizer, messages, where), special=False)
+        return encode(tokenizer, _plain(messages))
+    return encode(tokenizer, _templated(tokenizer, messages, where), special=False)
 
 
-def _encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+    """Token ids of a conversation up to where the model's answer begins."""
     if not tokenizer.chat_template:
-        return _encode(tokenizer, _plain(messages))
-    return _encode(tokenizer, _templated(tokenizer, messages, "prompt", answer=True), special=False)
+        return encode(tokenizer, _plain(messages))
+    return encode(tokenizer, _templated(tokenizer, messages, "prompt", answer=True), special=False)
 
 
 def _plain(messages: Messages) -> str:
@@ -326,7 +332,7 @@ def _templated(tokenizer: Any, messages: Messages, where: str, answer: bool = Fa
     raise DynqError(f"{where}: the model's chat template refuses it: {failure}") from failure
 
 
-def _encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """Token ids; with `special` a BOS in front where the tokenizer adds one, never an EOS at the end."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bos = _bos(tokenizer) if special else None
@@ -339,7 +345,7 @@ def _bos(tokenizer: Any) -> int | None:
     return ids[0] if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else None
 
 
-def _end_of_turn(model: Any, tokenizer: Any) -> tuple[set[int], list[int]]:
+def end_of_turn(model: Any, tokenizer: Any) -> tuple[set[int], list[int]]:
     """(tokens that end an answer, tokens the chat template writes after that one)."""
     stop: set[int] = set()
     for source in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
@@ -349,7 +355,7 @@ def _end_of_turn(model: Any, tokenizer: Any) -> tuple[set[int], list[int]]:
         # the template itself shows it: the special token that follows an answer (fine-tunes forget to declare it)
         answer = "dynq-answer"
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        after = _encode(tokenizer, _templated(tokenizer, messages, "prompt").rpartition(answer)[2], special=False)
+        after = encode(tokenizer, _templated(tokenizer, messages, "prompt").rpartition(answer)[2], special=False)
         special = set(tokenizer.all_special_ids)
         at = next((at for at, token in enumerate(after) if token in special), None)
         if at is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dynq.errors import DynqError
-from dynq.text import _end_of_turn, load_text, prompts, sample_chats
+from dynq.text import end_of_turn, load_text, prompts, sample_chats
 
 DATA = Path(__file__).parents[1] / "dynq" / "data"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
@@ -234,8 +234,8 @@ def test_end_of_turn_comes_from_the_template(tiny) -> None:
         config=SimpleNamespace(eos_token_id=None), generation_config=SimpleNamespace(eos_token_id=None)
     )
     newline = tokenizer("\n")["input_ids"]
-    assert _end_of_turn(bare, tokenizer) == ({2}, newline)
-    assert _end_of_turn(model, tokenizer) == ({0, 2}, newline)
+    assert end_of_turn(bare, tokenizer) == ({2}, newline)
+    assert end_of_turn(model, tokenizer) == ({0, 2}, newline)
 
 
 def test_sampled_text_follows_the_model(tiny) -> None:
