@@ -18,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+recipe_app = typer.Typer(
+    help="Show, compare and apply recipes: formats of the tensors of any GGUF.", no_args_is_help=True
+)
+app.add_typer(recipe_app, name="recipe")
+
 EXAMPLES = """
 Examples:
 
@@ -144,6 +149,77 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
     for f in FORMATS.values():
         importance, fallback = "needed" if f.needs_importance else "", f.fallback or ""
         print(f"{f.name:<8}{f.bpw:>8.4g}{f.block:>7}{f.block_bytes:>7}  {importance:<12}{fallback:<10}{f.hardware}")
+
+
+@recipe_app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight."""
+    from dynq import describe
+
+    described = describe.read(file)
+    print(_json(describe.as_json(described)) if as_json else describe.show_text(described))
+
+
+@recipe_app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A recipe file or any GGUF.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print the tensors whose formats differ between two recipes, with their bytes."""
+    from dynq import describe
+
+    first, second = describe.read(a), describe.read(b)
+    print(_json(describe.difference(first, second)) if as_json else describe.difference_text(first, second))
+
+
+@recipe_app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
+    model: Annotated[str, typer.Argument(help="The original: what `dynq run` takes as MODEL.")],
+    out: Annotated[Path, typer.Option(help="The GGUF to write.")],
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, dynq's or llama.cpp's.")] = None,
+    level: Annotated[str, typer.Option(help="How hard the encoders search: plain or search.")] = "plain",
+    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
+    from dynq import describe, export
+    from dynq.checkpoint import open_checkpoint
+    from dynq.codec import check_level
+    from dynq.imatrix import read_imatrix
+
+    check_level(level)
+    described = describe.read(recipe)
+    importance = read_imatrix(imatrix) if imatrix else None
+    checkpoint = open_checkpoint(model, allow_requantize)
+    if out.exists() and checkpoint.path.exists() and out.samefile(checkpoint.path):
+        raise DynqError(f"{out}: that is the model itself; choose another --out")
+    made = export.apply(
+        described,
+        checkpoint,
+        importance,
+        out,
+        imatrix_file=imatrix.name if imatrix else "",
+        level=level,
+        threads=threads,
+    )
+    if as_json:
+        print(_json({"file": str(out), **made}))
+        return
+    print(f"{out}: {made['bytes']:,} bytes, {made['bpw']:.3f} bpw, read back and verified")
+    for name, (wanted, written) in made["fallbacks"].items():
+        print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _model(text: str) -> str:
