@@ -151,6 +151,94 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
         print(f"{f.name:<8}{f.bpw:>8.4g}{f.block:>7}{f.block_bytes:>7}  {importance:<12}{fallback:<10}{f.hardware}")
 
 
+EVALUATE_EXAMPLES = """
+Examples:
+
+  dynq evaluate Qwen/Qwen3-0.6B mine.gguf theirs.gguf --text wiki.txt,code.txt,chats.jsonl --out compared
+
+  dynq evaluate model-f16.gguf *.gguf --text wiki.txt --mixes --imatrix imatrix.gguf --out compared
+
+  dynq evaluate --logits base.logits mine.gguf theirs.gguf --out compared
+
+The original's log-probabilities and every score are kept in the folder: a second call measures only what is new.
+"""
+
+
+@app.command(epilog=EVALUATE_EXAMPLES)
+def evaluate(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REFERENCE FILE...",
+            help="The original, as `dynq run` takes its MODEL, then GGUF files. With --logits files only.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the results.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text files, .txt or chats .jsonl, commas between, each a domain. Default: sampled."),
+    ] = None,
+    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", help="Tokens in a chunk; half are scored.")] = 512,
+    chunks: Annotated[int, typer.Option(help="Chunks of each text file, at most.")] = 16,
+    mixes: Annotated[bool, typer.Option("--mixes", help="Measure llama.cpp's mixes of the files' sizes too.")] = False,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that the mixes are encoded with.")] = None,
+    logits: Annotated[
+        Path | None, typer.Option(help="A file of llama-perplexity's (--kl-divergence-base) as the original.")
+    ] = None,
+    write_logits: Annotated[Path | None, typer.Option(help="Write the original's logits in that format.")] = None,
+    seed: Annotated[int, typer.Option(help="Of text that is sampled.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure GGUF files, whoever made them, against their original as llama-perplexity does: KL divergence first."""
+    from dynq.folder import RunFolder
+
+    folder = RunFolder(out)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise DynqError(f"{out}: a file, not a folder; choose another --out")
+    if (folder / "run.json").exists():
+        raise DynqError(f"{out}: the folder of a run, whose own evaluation would be lost; choose another --out")
+    if logits is not None and (text or mixes or imatrix or write_logits):
+        raise DynqError(
+            "--logits brings its own text and no weights: leave out --text, --mixes, --imatrix, --write-logits"
+        )
+    if imatrix is not None and not mixes:
+        raise DynqError("--imatrix is for the mixes; add --mixes")
+    paths = [Path(name).expanduser() for name in (files if logits else files[1:])]
+    if not paths:
+        raise DynqError("no file to measure; give the original and then one or more GGUF files")
+
+    from dynq.evaluate import files as measure
+    from dynq.report import write_files_report
+
+    measure.set_threads(threads)
+    if logits is not None:
+        evaluation = measure.against_logits(logits.expanduser(), paths, folder)
+    else:
+        evaluation = measure.against_original(
+            files[0],
+            paths,
+            folder,
+            text=text or "",
+            n_ctx=ctx_size,
+            n_chunks=chunks,
+            seed=seed,
+            with_mixes=mixes,
+            imatrix=imatrix,
+            write_logits=write_logits,
+            allow_requantize=allow_requantize,
+            threads=threads,
+        )
+    folder.write_json("evaluation.json", evaluation)
+    write_files_report(folder, evaluation)
+    print(_json(evaluation) if as_json else measure.summary(evaluation, folder))
+    if not any(entry["kind"] == "file" for entry in evaluation["files"]):
+        raise typer.Exit(2)
+
+
 @recipe_app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],

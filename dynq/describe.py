@@ -4,7 +4,7 @@ A recipe is read from its own file or from the header of any GGUF. Bytes need sh
 recipe file is shown without them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from dynq.checkpoint import TensorInfo
 from dynq.errors import DynqError
 from dynq.recipe import Recipe, file_order, read_headers, stored_bytes
+from dynq.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -153,29 +154,6 @@ def difference_text(a: Described, b: Described) -> str:
         lines += ["", text_table([{key.replace("_", " "): value for key, value in row.items()} for row in rows]), ""]
     change = b.recipe.tensor_bytes - a.recipe.tensor_bytes
     return "\n".join([*lines, f"{len(rows)} of {len(names)} tensors differ; b has {change:+,} bytes"])
-
-
-def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as text. Columns are the keys of the first row, less those that are None throughout.
-
-    Numbers stand right, fractions with four digits.
-    """
-    keys = [key for key in rows[0] if any(row[key] is not None for row in rows)]
-    cells = [[str(key) for key in keys], *([_cell(row[key]) for key in keys] for row in rows)]
-    right = [any(isinstance(row[key], int | float) for row in rows) for key in keys]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
-        for line in cells
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _info(described: Described, name: str) -> TensorInfo:
