@@ -215,23 +215,27 @@ def evaluate(
     from dynq.report import write_files_report
 
     measure.set_threads(threads)
-    if logits is not None:
-        evaluation = measure.against_logits(logits.expanduser(), paths, folder)
-    else:
-        evaluation = measure.against_original(
-            files[0],
-            paths,
-            folder,
-            text=text or "",
-            n_ctx=ctx_size,
-            n_chunks=chunks,
-            seed=seed,
-            with_mixes=mixes,
-            imatrix=imatrix,
-            write_logits=write_logits,
-            allow_requantize=allow_requantize,
-            threads=threads,
-        )
+    try:
+        if logits is not None:
+            evaluation = measure.against_logits(logits.expanduser(), paths, folder)
+        else:
+            evaluation = measure.against_original(
+                files[0],
+                paths,
+                folder,
+                text=text or "",
+                n_ctx=ctx_size,
+                n_chunks=chunks,
+                seed=seed,
+                with_mixes=mixes,
+                imatrix=imatrix,
+                write_logits=write_logits,
+                allow_requantize=allow_requantize,
+                threads=threads,
+            )
+    except KeyboardInterrupt:
+        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
     folder.write_json("evaluation.json", evaluation)
     write_files_report(folder, evaluation)
     print(_json(evaluation) if as_json else measure.summary(evaluation, folder))

@@ -53,6 +53,17 @@ def with_type(path: Path, to: Path, name: str, kind: int) -> Path:
     return to
 
 
+def other_model(folder: Path, **settings: int) -> Path:
+    """A GGUF of a tiny model with other settings."""
+    tiny_models.MODELS[folder.name] = ("llama", settings)
+    try:
+        checkpoint = open_checkpoint(tiny_models.make(folder.name, folder))
+    finally:
+        del tiny_models.MODELS[folder.name]
+    export(checkpoint, recipe_for(checkpoint, "Q8_0"), None, folder.with_suffix(".gguf"), threads=1)
+    return folder.with_suffix(".gguf")
+
+
 def bad_files(made: SimpleNamespace, tmp_path: Path) -> dict[Path, str]:
     """Files that cannot be measured, and a word of the reason."""
     whole = made.paths["Q8_0"].read_bytes()
@@ -60,21 +71,14 @@ def bad_files(made: SimpleNamespace, tmp_path: Path) -> dict[Path, str]:
     cut.write_bytes(whole[: len(whole) * 2 // 3])
     header.write_bytes(whole[:100])
     text.write_text("no GGUF at all")
-    others = {}
-    for name, settings in (("vocabulary", {"vocab_size": 400}), ("shape", {"intermediate_size": 192})):
-        tiny_models.MODELS[name] = ("llama", settings)
-        try:
-            checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / name))
-        finally:
-            del tiny_models.MODELS[name]
-        others[name] = tmp_path / f"{name}.gguf"
-        export(checkpoint, recipe_for(checkpoint, "Q8_0"), None, others[name], threads=1)
+    vocabulary = other_model(tmp_path / "vocabulary", vocab_size=400)
+    shape = other_model(tmp_path / "shape", intermediate_size=192)
     return {
         cut: "truncated",
         header: "cut off",
         text: "not a GGUF",
-        others["vocabulary"]: "has 400 tokens in its vocabulary, the original 384",
-        others["shape"]: "blk.0.ffn_gate.weight has shape [192, 128], in the original [160, 128]",
+        vocabulary: "has 400 tokens in its vocabulary, the original 384",
+        shape: "blk.0.ffn_gate.weight has shape [192, 128], in the original [160, 128]",
         with_type(made.paths["Q8_0"], tmp_path / "q8_1.gguf", "blk.0.attn_q.weight", 9): "type Q8_1, for which",
         with_type(made.paths["Q8_0"], tmp_path / "new.gguf", "blk.0.attn_q.weight", 99): "type 99, newer",
     }
@@ -181,11 +185,14 @@ def test_logits_file_there_and_back(made, tmp_path):
     direct = files.against_original(
         made.model, paths, RunFolder(tmp_path / "a"), text=made.text, write_logits=logits, **SETTINGS
     )
-    by_file = files.against_logits(logits, paths, RunFolder(tmp_path / "b"))
+    other = other_model(tmp_path / "other", vocab_size=400)
+    by_file = files.against_logits(logits, [*paths, other], RunFolder(tmp_path / "b"))
     a, b = (found["files"][0]["statistics"] for found in (direct, by_file))
     for name in ("Mean KLD", "Mean PPL(Q)", "Same top p", "RMS Δp"):
         assert b[name] == pytest.approx(a[name], rel=2e-3)
     assert b["Mean PPL(base)"] < a["Mean PPL(base)"]  # the clip at 16 nats flatters this random original
+    assert [entry["label"] for entry in by_file["failed"]] == ["other.gguf"]
+    assert "400 tokens in its vocabulary, the reference 384" in by_file["failed"][0]["error"]
     assert by_file["text"]["chunks"] == 6 and by_file["text"]["n_ctx"] == 32
 
 
