@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from dynq import architectures, tokenizer
+from dynq import architectures, formats, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
 from dynq.gguf_reader import Reader
@@ -305,7 +305,9 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         reader = Reader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise DynqError(f"{path}: truncated or not a readable GGUF ({error}); fetch it again") from error
+        # NumPy's word for data that end early
+        reason = "tensors reach past its end" if "reshape" in str(error) else error
+        raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
     if fields.get("split.count", 0) > 1:
         raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
     stored = {tensor.name: tensor for tensor in reader.tensors}
@@ -324,8 +326,17 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         )
 
     def read(n: str) -> np.ndarray:
+        from dynq import codec  # brings Numba; headers are read without it
+
         tensor = stored[n]
-        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[n])
+        kind = tensor.tensor_type.name
+        if kind in formats.FORMATS:
+            array = codec.dequantize(tensor.data.view(np.uint8), kind).reshape(shapes[n])
+        else:
+            try:
+                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[n])
+            except NotImplementedError:
+                raise DynqError(f"{path}: tensor {n} has type {kind}, for which there is no decoder") from None
         _check_finite(array, f"{path}: tensor {n}")
         return array
 

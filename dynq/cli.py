@@ -18,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+recipe_app = typer.Typer(
+    help="Show, compare and apply recipes: formats of the tensors of any GGUF.", no_args_is_help=True
+)
+app.add_typer(recipe_app, name="recipe")
+
 EXAMPLES = """
 Examples:
 
@@ -144,6 +149,169 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
     for f in FORMATS.values():
         importance, fallback = "needed" if f.needs_importance else "", f.fallback or ""
         print(f"{f.name:<8}{f.bpw:>8.4g}{f.block:>7}{f.block_bytes:>7}  {importance:<12}{fallback:<10}{f.hardware}")
+
+
+EVALUATE_EXAMPLES = """
+Examples:
+
+  dynq evaluate Qwen/Qwen3-0.6B mine.gguf theirs.gguf --text wiki.txt,code.txt,chats.jsonl --out compared
+
+  dynq evaluate model-f16.gguf *.gguf --text wiki.txt --mixes --imatrix imatrix.gguf --out compared
+
+  dynq evaluate --logits base.logits mine.gguf theirs.gguf --out compared
+
+The original's log-probabilities and every score are kept in the folder: a second call measures only what is new.
+"""
+
+
+@app.command(epilog=EVALUATE_EXAMPLES)
+def evaluate(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REFERENCE FILE...",
+            help="The original, as `dynq run` takes its MODEL, then GGUF files. With --logits files only.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder of the results.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text files, .txt or chats .jsonl, commas between, each a domain. Default: sampled."),
+    ] = None,
+    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", help="Tokens in a chunk; half are scored.")] = 512,
+    chunks: Annotated[int, typer.Option(help="Chunks of each text file, at most.")] = 16,
+    mixes: Annotated[bool, typer.Option("--mixes", help="Measure llama.cpp's mixes of the files' sizes too.")] = False,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that the mixes are encoded with.")] = None,
+    logits: Annotated[
+        Path | None, typer.Option(help="A file of llama-perplexity's (--kl-divergence-base) as the original.")
+    ] = None,
+    write_logits: Annotated[Path | None, typer.Option(help="Write the original's logits in that format.")] = None,
+    seed: Annotated[int, typer.Option(help="Of text that is sampled.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure GGUF files, whoever made them, against their original as llama-perplexity does: KL divergence first."""
+    from dynq.folder import RunFolder
+
+    folder = RunFolder(out)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise DynqError(f"{out}: a file, not a folder; choose another --out")
+    if (folder / "run.json").exists():
+        raise DynqError(f"{out}: the folder of a run, whose own evaluation would be lost; choose another --out")
+    if logits is not None and (text or mixes or imatrix or write_logits):
+        raise DynqError(
+            "--logits brings its own text and no weights: leave out --text, --mixes, --imatrix, --write-logits"
+        )
+    if imatrix is not None and not mixes:
+        raise DynqError("--imatrix is for the mixes; add --mixes")
+    paths = [Path(name).expanduser() for name in (files if logits else files[1:])]
+    if not paths:
+        raise DynqError("no file to measure; give the original and then one or more GGUF files")
+
+    from dynq.evaluate import files as measure
+    from dynq.report import write_files_report
+
+    measure.set_threads(threads)
+    try:
+        if logits is not None:
+            evaluation = measure.against_logits(logits.expanduser(), paths, folder)
+        else:
+            evaluation = measure.against_original(
+                files[0],
+                paths,
+                folder,
+                text=text or "",
+                n_ctx=ctx_size,
+                n_chunks=chunks,
+                seed=seed,
+                with_mixes=mixes,
+                imatrix=imatrix,
+                write_logits=write_logits,
+                allow_requantize=allow_requantize,
+                threads=threads,
+            )
+    except KeyboardInterrupt:
+        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    folder.write_json("evaluation.json", evaluation)
+    write_files_report(folder, evaluation)
+    print(_json(evaluation) if as_json else measure.summary(evaluation, folder))
+    if not any(entry["kind"] == "file" for entry in evaluation["files"]):
+        raise typer.Exit(2)
+
+
+@recipe_app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight."""
+    from dynq import describe
+
+    described = describe.read(file)
+    print(_json(describe.as_json(described)) if as_json else describe.show_text(described))
+
+
+@recipe_app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="A recipe file or any GGUF.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print the tensors whose formats differ between two recipes, with their bytes."""
+    from dynq import describe
+
+    first, second = describe.read(a), describe.read(b)
+    print(_json(describe.difference(first, second)) if as_json else describe.difference_text(first, second))
+
+
+@recipe_app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
+    model: Annotated[str, typer.Argument(help="The original: what `dynq run` takes as MODEL.")],
+    out: Annotated[Path, typer.Option(help="The GGUF to write.")],
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, dynq's or llama.cpp's.")] = None,
+    level: Annotated[str, typer.Option(help="How hard the encoders search: plain or search.")] = "plain",
+    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
+    from dynq import describe, export
+    from dynq.checkpoint import open_checkpoint
+    from dynq.codec import check_level
+    from dynq.imatrix import read_imatrix
+
+    check_level(level)
+    described = describe.read(recipe)
+    importance = read_imatrix(imatrix) if imatrix else None
+    checkpoint = open_checkpoint(model, allow_requantize)
+    if out.exists() and checkpoint.path.exists() and out.samefile(checkpoint.path):
+        raise DynqError(f"{out}: that is the model itself; choose another --out")
+    made = export.apply(
+        described,
+        checkpoint,
+        importance,
+        out,
+        imatrix_file=imatrix.name if imatrix else "",
+        level=level,
+        threads=threads,
+    )
+    if as_json:
+        print(_json({"file": str(out), **made}))
+        return
+    print(f"{out}: {made['bytes']:,} bytes, {made['bpw']:.3f} bpw, read back and verified")
+    for name, (wanted, written) in made["fallbacks"].items():
+        print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _model(text: str) -> str:

@@ -17,6 +17,7 @@ from gguf.gguf_writer import WriterState
 
 from dynq import __version__, codec, formats
 from dynq.checkpoint import Checkpoint
+from dynq.describe import Described, check_shapes
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.gguf_reader import Reader
@@ -84,6 +85,43 @@ def export(
         "sha256": whole.hexdigest(),
         "verified": True,
     }
+
+
+def apply(
+    described: Described,
+    checkpoint: Checkpoint,
+    importance: Importance | None,
+    path: str | Path,
+    *,
+    imatrix_file: str = "",
+    level: str = "plain",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """`export` by a recipe that was made elsewhere: a file of dynq, or what the header of any GGUF says.
+
+    Its predicted KLD was for another encoding and is left out. Returns what `export` does, and `fallbacks`: tensor
+    name -> [format of the recipe, format written], of quantizable tensors whose rows do not divide into blocks.
+
+    Raises:
+        DynqError: before anything is written, where tensors or shapes do not match, dynq does not write a format, or
+            one needs an importance matrix that is not given or lacks the tensor.
+    """
+    wanted, tensors = described.recipe.formats, checkpoint.tensors
+    check_shapes(described, {name: info.shape for name, info in tensors.items()}, checkpoint.name)
+    chosen = _formats(checkpoint, wanted)
+    for name, fmt in chosen.items():
+        bare = importance is None or importance.mean(name, tensors[name].row) is None
+        if formats.get(fmt).needs_importance and bare:
+            lacks = "give one with --imatrix" if importance is None else "the one given has nothing for this tensor"
+            raise DynqError(f"{name}: {fmt} needs an importance matrix; {lacks}")
+    recipe = replace(
+        described.recipe,
+        predicted_kld=None,
+        provenance={"recipe": described.path.name, "recipe_provenance": described.recipe.provenance},
+    )
+    made = export(checkpoint, recipe, importance, path, imatrix_file=imatrix_file, level=level, threads=threads)
+    fallbacks = {n: [wanted[n], f] for n, f in chosen.items() if tensors[n].quantizable and f != wanted[n]}
+    return made | {"fallbacks": fallbacks}
 
 
 def simulate(

@@ -263,35 +263,53 @@ def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Pi
 
 
 def frontier(evaluation: Mapping[str, Any]) -> Picture:
-    """KLD against size for everything that was scored; between two mixes the line is log KLD linear in bytes."""
+    """KLD against size for everything that was scored; between two mixes the line is log KLD linear in bytes.
+
+    A file with "dominated_by" (see dynq.evaluate.files) is drawn hollow.
+    """
+    unit, name_of_unit = (1e9, "GB (10^9 bytes)") if _largest(evaluation) >= 1e9 else (1e6, "MB (10^6 bytes)")
     style = {
         "mix": ("llama.cpp's mixes", ORANGE, "lines+markers+text"),
         "other mix": ("the mix asked for", ORANGE, "markers+text"),
         "uniform": ("one format", PINK, "markers+text"),
         "dynamic": ("dynq", BLUE, "markers+text"),
+        "file": ("files", BLUE, "markers+text"),
     }
     figure = go.Figure()
     for kind, (name, colour, mode) in style.items():
         own = [entry for entry in evaluation["files"] if entry["kind"] == kind]
         if not own:
             continue
+        shape = "diamond" if kind in ("dynamic", "file") else "circle"
         figure.add_scatter(
-            x=[entry["tensor_bytes"] / 1e6 for entry in own],
+            x=[entry["tensor_bytes"] / unit for entry in own],
             y=[entry["statistics"]["Mean KLD"] for entry in own],
             error_y={"array": [entry["statistics"]["Mean KLD ±"] for entry in own], "thickness": 1},
-            text=[entry["label"].removeprefix("uniform ").removeprefix("dynq ") for entry in own],
-            textposition="bottom left" if kind == "dynamic" else "top right",
+            text=[_short(entry["label"]) for entry in own],
+            textposition="bottom left" if shape == "diamond" else "top right",
             mode=mode,
             name=name,
-            marker={"color": colour, "size": 11, "symbol": "diamond" if kind == "dynamic" else "circle"},
+            marker={
+                "color": colour,
+                "size": 11,
+                "symbol": [shape + ("-open" if entry.get("dominated_by") else "") for entry in own],
+            },
             line={"color": colour, "width": 1.5},
         )
     _layout(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
-    sizes = [entry["tensor_bytes"] / 1e6 for entry in evaluation["files"]]
+    sizes = [entry["tensor_bytes"] / unit for entry in evaluation["files"]] or [0.0, 1.0]
     room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
-    figure.update_xaxes(title="tensor data, MB (10^6 bytes)", range=[min(sizes) - room, max(sizes) + room])
+    figure.update_xaxes(title=f"tensor data, {name_of_unit}", range=[min(sizes) - room, max(sizes) + room])
     figure.update_yaxes(title="mean KLD, nats per token (less is better)", **_NATS)
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
+
+
+def _largest(evaluation: Mapping[str, Any]) -> int:
+    return max((entry["tensor_bytes"] for entry in evaluation["files"]), default=0)
+
+
+def _short(label: str) -> str:
+    return label.removeprefix("uniform ").removeprefix("dynq ").removesuffix(".gguf")
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -141,17 +141,10 @@ class Recipe:
         DynqError for a file that is not GGUF, cut off, or lacks a shard.
         """
         path = Path(path)
-        metadata: dict[str, Any] = {}
-        formats: dict[str, str] = {}
-        weights = tensor_bytes = 0
-        for shard in _shards(path):
-            found, tensors = read_header(shard)
-            metadata = {**found, **metadata}
-            for name, (fmt, shape) in tensors.items():
-                block, size = GGML_QUANT_SIZES[GGMLQuantizationType[fmt]]
-                formats[name] = fmt
-                weights += math.prod(shape)
-                tensor_bytes += math.prod(shape) // block * size
+        metadata, tensors = read_headers(path)
+        formats = {name: fmt for name, (fmt, _) in tensors.items()}
+        weights = sum(math.prod(shape) for _, shape in tensors.values())
+        tensor_bytes = sum(stored_bytes(fmt, shape) for fmt, shape in tensors.values())
         if not weights:
             raise DynqError(f"{path}: holds no tensors")
         provenance = {"file": path.name} | {key: metadata[key] for key in _TOLD if key in metadata}
@@ -200,7 +193,27 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 
-def read_header(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+Header = tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]
+
+
+def stored_bytes(fmt: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in any of GGUF's types, those that dynq does not write too."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[fmt]]
+    return math.prod(shape) // block * size
+
+
+def read_headers(path: str | Path) -> Header:
+    """`read_header` of a file, or of all shards of a split one together (the first shard's keys count)."""
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for shard in _shards(Path(path)):
+        found, own = read_header(shard)
+        metadata = {**found, **metadata}
+        tensors |= own
+    return metadata, tensors
+
+
+def read_header(path: str | Path) -> Header:
     """Metadata and tensors {name: (format, shape in NumPy order)} of one GGUF file, without touching tensor data.
 
     Arrays (vocabularies) are skipped, which keeps this at milliseconds whatever the size of the file. DynqError for
@@ -218,7 +231,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], dict[str, tuple[str, 
         raise DynqError(f"{path}: the GGUF header is cut off or damaged; download the file again") from None
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+def _header(file: BinaryIO, path: Path) -> Header:
     size = path.stat().st_size
 
     def take(code: str) -> Any:

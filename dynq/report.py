@@ -1,12 +1,15 @@
-"""What a run is shown by: ``report.html``, which needs no network, and ``model-card.md``."""
+"""What a run and an evaluation of files are shown by: ``report.html``, which needs no network, and what lies beside."""
 
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from dynq import figures, mixes, sensitivity
+import dynq
+from dynq import figures, mixes, sensitivity, svg
+from dynq.evaluate import tables
 from dynq.files import replacing
 from dynq.folder import RunFolder, file_safe
 from dynq.recipe import Recipe
@@ -47,10 +50,31 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "frontier": _embedded(figures.frontier(evaluation), "frontier"),
         "scatter": _embedded(figures.prediction_scatter(table, agreement), "scatter"),
         "plotlyjs": get_plotlyjs(),
+        "style": _data("style.css"),
     }
     for name in ("report.html", "model-card.md"):
         with replacing(folder / name) as beside:
             beside.write_text(_template(f"{name}.j2").render(values), encoding="utf-8")
+
+
+def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None:
+    """Write ``report.html`` and ``frontier.svg`` of an evaluation of `dynq.evaluate.files`."""
+    picture = figures.frontier(evaluation)
+    drawn = svg.render(picture.figure) if evaluation["files"] else ""
+    values = {
+        "evaluation": evaluation,
+        "version": dynq.__version__,
+        "frontier": _embedded(picture, "frontier") | {"svg": drawn},
+        "table": figures.html_table(tables.rows(evaluation), "Every file on the same text"),
+        "domains": figures.html_table(domains) if (domains := tables.domain_rows(evaluation)) else "",
+        "statistics": figures.html_table(tables.statistic_rows(evaluation)) if drawn else "",
+        "plotlyjs": get_plotlyjs(),
+        "style": _data("style.css"),
+    }
+    page = _template("evaluation.html.j2").render(values)
+    for name, text in (("report.html", page), ("frontier.svg", drawn)):
+        with replacing(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
 
 
 def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:
@@ -64,6 +88,9 @@ def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:
 
 
 def _template(name: str) -> jinja2.Template:
-    source = (files("dynq") / "data" / name).read_text("utf-8")
     environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
-    return environment.from_string(source)
+    return environment.from_string(_data(name))
+
+
+def _data(name: str) -> str:
+    return (files("dynq") / "data" / name).read_text("utf-8")

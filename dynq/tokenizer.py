@@ -286,6 +286,14 @@ def _steps(node: dict[str, Any] | None) -> Steps | None:
 # --- GGUF -> transformers -------------------------------------------------------------------------------------------
 
 
+def added_bos(metadata: dict[str, Any]) -> int | None:
+    """The BOS token that llama.cpp puts before a text, by a GGUF's metadata; None where it puts none."""
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    default = metadata.get("tokenizer.ggml.model") == "llama" or _SAME.get(pre, pre) in _ADDS_BOS
+    token = metadata.get("tokenizer.ggml.bos_token_id")
+    return token if metadata.get("tokenizer.ggml.add_bos_token", default) and isinstance(token, int) else None
+
+
 def from_gguf(metadata: dict[str, Any]) -> Any:
     """A transformers tokenizer (fast) rebuilt from GGUF's `tokenizer.*` keys.
 
@@ -326,8 +334,9 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
          "single_word": False, "lstrip": False, "rstrip": False}
         for i, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]  # fmt: skip
+    bos = added_bos(metadata)
     ends = [
-        special.get("bos") if get("add_bos_token", model == "llama" or pre in _ADDS_BOS) else None,
+        None if bos is None else special.get("bos"),
         special.get("eos") if get("add_eos_token", False) else None,
     ]
     whole = {

@@ -107,9 +107,7 @@ def compare(
 
     scored = _score(checkpoint, model, folder, contenders, importance, text, tokens, threads)
     for verdict in verdicts:
-        below, above, own_entry = (scored[verdict[key]] for key in ("below", "above", "label"))
-        verdict["mix_kld"] = mixes.interpolate_kld(own_entry["tensor_bytes"], _point(below), _point(above))
-        verdict["kld_ratio"] = own_entry["statistics"]["Mean KLD"] / verdict["mix_kld"]
+        verdict |= against_mixes(*(scored[verdict[key]] for key in ("label", "below", "above")))
         verdict["generated"] = folder.read_json(f"{file_safe(verdict['target'])}.export.json")["generated"]
     return {
         "model": {
@@ -122,6 +120,12 @@ def compare(
         "files": sorted(scored.values(), key=lambda entry: (entry["tensor_bytes"], entry["label"])),
         "targets": verdicts,
     }
+
+
+def against_mixes(entry: Mapping[str, Any], below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, float]:
+    """ "mix_kld", what the mixes around an entry reach at its bytes, and "kld_ratio" of its own KLD to that."""
+    mix_kld = mixes.interpolate_kld(entry["tensor_bytes"], _point(below), _point(above))
+    return {"mix_kld": mix_kld, "kld_ratio": entry["statistics"]["Mean KLD"] / mix_kld}
 
 
 def _point(entry: Mapping[str, Any]) -> tuple[float, float]:
