@@ -190,7 +190,7 @@ def test_scales_are_read_and_written(name: str):
         own = slice(group * form.group, (group + 1) * form.group)
         step, offset = state.steps(form, group)
         assert (step != 0).all()
-        codes[own] = np.rint((decoded[own] - offset) / step - form.levels[0])
+        codes[own] = twin.nearest((decoded[own] - offset) / step, form.levels)
         np.testing.assert_allclose(step * form.levels[codes[own]] + offset, decoded[own], rtol=1e-5, atol=1e-6)
     out = np.empty_like(data)
     scales.write(form, state, codes, out)

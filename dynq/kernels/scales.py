@@ -3,7 +3,7 @@
 What error feedback needs to know of a format. Arrays are [.., rows]; weight j of a row is
 ``step * levels[code] + offset`` with ``step = d * ls``, ``offset = -(dmin * lm)``, where d and dmin are half floats of
 the block and ls, lm integers of a group of its weights. In Q4_0 to Q5_1 the group is the block, ls and lm are 1 and
-the halves themselves are varied.
+the halves themselves are varied. IQ4_NL is like Q4_0 with uneven levels.
 
 Another family is added with its own `Grid` (levels that are not equally spaced do) and a line in `read` and `write`.
 Formats of weights that take one entry of a code book together need a `choose` of their own as well.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynq import formats
-from dynq.kernels import kquants, legacy
+from dynq.kernels import iq4, kquants, legacy
 from dynq.kernels.plans import PLANS
 
 F = np.float32
@@ -44,6 +44,9 @@ class Grid:
 
 def grid(name: str) -> Grid | None:
     """The grid of a format, None where error feedback does not know the format."""
+    if name in ("IQ4_NL", "IQ4_XS"):
+        bottom, top = (0, 0) if name == "IQ4_NL" else (-32, 31)
+        return Grid(name, formats.get(name).block, 32, iq4.LEVELS, False, bottom, top)
     if name not in PLANS or name == "Q8_0":
         return None
     plan = PLANS[name]
@@ -120,6 +123,9 @@ def read(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
         return _half(data, 0), none, np.ones((1, len(data)), F), np.ones((1, len(data)), F)
     if name in ("Q4_1", "Q5_1"):
         return _half(data, 0), -_half(data, 2), np.ones((1, len(data)), F), np.ones((1, len(data)), F)
+    if name in ("IQ4_NL", "IQ4_XS"):
+        d, integers = iq4.unpack_scales(name, data)
+        return d, none, _f(integers), np.ones((integers.shape[1], len(data)), F)
     if name == "Q2_K":
         return _half(data, 80), _half(data, 82), _f(data[:, :16] & 15), _f(data[:, :16] >> 4)
     if name == "Q3_K":
@@ -143,7 +149,9 @@ def write(form: Grid, scales: Scales, codes: np.ndarray, out: np.ndarray) -> Non
     d, dmin = (_bits(x / scales.unit) for x in (scales.d, scales.dmin))
     ls, lm = (x.T.reshape(rows * blocks, form.block // form.group) for x in (scales.ls, scales.lm))
     out = out.reshape(rows * blocks, -1)
-    if form.free:
+    if name in ("IQ4_NL", "IQ4_XS"):
+        iq4.pack(name, q, ls.astype(np.int8), d, out)
+    elif form.free:
         legacy.pack(q, d, _bits(-scales.dmin / scales.unit), form.affine, name[1] == "5", out)
     elif name == "Q2_K":
         kquants.pack_q2_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, out)
