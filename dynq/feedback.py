@@ -5,7 +5,7 @@ tr(D H D^T)``, D = W - What, H = X^T X. It is made small in three ways, the bloc
 
 1. a walk over the columns from left to right, each choosing codes that make up for the errors before it (GPTQ,
    Frantar et al. 2022); a block's scales come from the plain encoder, run on the compensated weights, and each group
-   takes the best of several scales around those,
+   takes the best of several scales around those; weights that share an entry of a code book are chosen together,
 2. sweeps over the groups of weights that share a scale: all others fixed, choose scale and codes anew (coordinate
    descent on blocks of weights, as QuIP and QuantEase do on single ones),
 3. after each sweep the best super-block floats d and dmin by least squares. Steps 2 and 3 are taken only where they

@@ -263,11 +263,8 @@ def choose(w, P, R, step, offset, dim, book, values, signs, apart, keep, E, code
                             near[j] = error[j]
                             for i in range(8):
                                 e[a + i, j] = e8[i, j]
-                                digit = (
-                                    np.int32(np.rint((abs(v8[i, j]) - low) * per))
-                                    if signs
-                                    else np.int32(v8[i, j] - low)
-                                )
+                                size = abs(v8[i, j]) if signs else v8[i, j]
+                                digit = np.int32(np.rint((size - low) * per))
                                 if signs:
                                     q[a + i, j] = count - 1 - digit if v8[i, j] < ZERO else count + digit
                                 else:
