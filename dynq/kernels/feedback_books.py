@@ -253,7 +253,8 @@ def choose(w, P, R, step, offset, dim, book, values, signs, apart, keep, E, code
                 for side in range(2 if apart else 1):
                     for j in range(LANES):
                         shift[j] = -o[j] if side else o[j]
-                    r[:] = reach
+                        for i in range(8):
+                            r[i, j] = reach[i, j]
                     x = X[a : a + 8]
                     _eight(
                         x, r, R, a, s, shift, scale, dim, book, values, signs, sign, turn, points, keys, e8, v8, error
