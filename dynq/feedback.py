@@ -5,7 +5,7 @@ tr(D H D^T)``, D = W - What, H = X^T X. It is made small in three ways, the bloc
 
 1. a walk over the columns from left to right, each choosing codes that make up for the errors before it (GPTQ,
    Frantar et al. 2022); a block's scales come from the plain encoder, run on the compensated weights, and each group
-   takes the best of several scales around those,
+   takes the best of several scales around those; weights that share an entry of a code book are chosen together,
 2. sweeps over the groups of weights that share a scale: all others fixed, choose scale and codes anew (coordinate
    descent on blocks of weights, as QuIP and QuantEase do on single ones),
 3. after each sweep the best super-block floats d and dmin by least squares. Steps 2 and 3 are taken only where they
@@ -16,24 +16,20 @@ errs at most `TOLERANCE` more than the best on inputs kept aside, and a larger o
 the fit would lose. Where none serves, the tensor is encoded plainly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from dynq import codec, formats
+from dynq.compensate import Metric, encode_rows, shrunk
 from dynq.errors import DynqError
-from dynq.kernels import feedback as kernels
 from dynq.kernels import scales
 
 SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until the error rises
 TOLERANCE = 0.01
 GAIN = 0.98  # of the plain (or search) error, at most, in every domain: less of a gain may be chance
-SWEEPS = 3
-REACH_WALK, REACH_SWEEP = 4, 2  # candidates of a group's scale to each side
-PANEL = 256  # columns between two large matrix products
 ROWS = 256  # rows worked on at a time; the bytes depend on it, as sums of matrix products do on their shape
 GUARD, GUARD_ROWS = 0.99, 128  # largest error ratio of a domain that was left out, and the rows it is measured on
 TRIAL_ROWS = 256  # rows on which the shrinkage is chosen
@@ -50,7 +46,6 @@ class Hessian:
 
 
 Inputs = np.ndarray | Hessian
-Choose = Callable[..., None]  # dynq.kernels.feedback.choose or its twin
 
 
 @dataclass(frozen=True)
@@ -234,14 +229,6 @@ def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
     return Hessian(sum((h.matrix for h in parts), np.zeros((n, n))), sum(h.tokens for h in parts))
 
 
-def shrunk(h: np.ndarray, shrinkage: float) -> np.ndarray:
-    """(1 - a) H + a diag H, scaled to a mean diagonal of 1; channels never seen weigh 1e-6 of that."""
-    diagonal = h.diagonal()
-    out = h * ((1 - shrinkage) / diagonal.mean())
-    np.fill_diagonal(out, diagonal / diagonal.mean() + 1e-6)
-    return out
-
-
 def _feedback(
     weights: np.ndarray, form: scales.Grid, h: np.ndarray, shrinkage: float, threads: int | None
 ) -> np.ndarray:
@@ -262,148 +249,3 @@ def _feedback(
         with ThreadPoolExecutor(threads or codec._cores()) as pool:
             list(pool.map(work, starts))
     return out
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A positive definite H float32 [n, n] in the forms that the steps need.
-
-    R upper triangular, H = R R^T; of the groups' own blocks of H: root likewise [groups, g, g], and its inverse.
-    """
-
-    H: np.ndarray
-    R: np.ndarray
-    root: np.ndarray
-    inverse: np.ndarray
-
-    @classmethod
-    def of(cls, h: np.ndarray, group: int) -> "Metric":
-        own = np.stack([h[i : i + group, i : i + group] for i in range(0, len(h), group)])
-        root = _upper(own)
-        return cls(h.astype(F), _upper(h).astype(F), root.astype(F), np.linalg.inv(root).astype(F))
-
-
-def _upper(h: np.ndarray) -> np.ndarray:
-    """R upper triangular with H = R R^T."""
-    try:
-        return np.ascontiguousarray(np.linalg.cholesky(h[..., ::-1, ::-1])[..., ::-1, ::-1])
-    except np.linalg.LinAlgError:
-        raise DynqError("a Hessian is no sum of x x^T: it has a negative eigenvalue") from None
-
-
-def encode_rows(weights: np.ndarray, form: scales.Grid, metric: Metric, choose: Choose = kernels.choose) -> np.ndarray:
-    """Walk and sweeps over some rows [rows, n]: uint8 [rows, row_bytes]."""
-    exponent = np.frexp(np.abs(weights).max(axis=1))[1]
-    unit = np.ldexp(F(1), np.clip(-exponent, -126, 126)).astype(F)
-    w = np.ascontiguousarray((weights * unit[:, None]).T)
-    state = State(
-        w, form, metric, scales.Scales.empty(form, len(w), unit), np.zeros_like(w), np.zeros(w.shape, np.uint8)
-    )
-    state.walk(choose)
-    for _ in range(SWEEPS):
-        state.sweep(choose)
-    out = np.empty((len(weights), formats.row_bytes(form.name, len(w))), np.uint8)
-    scales.write(form, state.scales, state.codes, out)
-    return out
-
-
-@dataclass
-class State:
-    """Rows on their way: w float32 [n, rows] scaled, E their errors w - what so far, codes uint8 [n, rows]."""
-
-    w: np.ndarray
-    form: scales.Grid
-    metric: Metric
-    scales: scales.Scales
-    E: np.ndarray
-    codes: np.ndarray
-
-    def walk(self, choose: Choose) -> None:
-        """Step 1."""
-        R, E, (n, rows) = self.metric.R, self.E, self.w.shape
-        block, group = self.form.block, self.form.group
-        for start in range(0, n, PANEL):
-            panel = slice(start, min(start + PANEL, n))
-            carried = R[:start, panel].T @ E[:start] if start else np.zeros((panel.stop, rows), F)
-            for first in range(start, panel.stop, group):
-                own = slice(first, first + group)
-                if first % block == 0:
-                    self._start(slice(first, first + block), carried[first - start : first - start + block], start)
-                P = carried[first - start : first - start + group]
-                if first > start:
-                    P = P + R[start:first, own].T @ E[start:first]
-                self._choose(choose, first // group, P, R[own, own], REACH_WALK, keep=False)
-
-    def _start(self, own: slice, carried: np.ndarray, panel: int) -> None:
-        """Scales of one block, from the plain encoding of the weights that make up for the errors so far."""
-        R, form = self.metric.R, self.form
-        P = carried
-        if own.start > panel:
-            P = P + R[panel : own.start, own].T @ self.E[panel : own.start]
-        target = self.w[own] + solve_triangular(R[own, own].T, P, lower=True, check_finite=False)
-        x = np.ascontiguousarray((target / self.scales.unit).T)
-        x = np.clip(x, np.finfo(F).min, np.finfo(F).max)
-        data = codec.quantize(x, form.name, R.diagonal()[own] ** 2, threads=1)
-        d, dmin, ls, lm = scales.read(form.name, data)
-        b, groups = own.start // form.block, slice(own.start // form.group, own.stop // form.group)
-        self.scales.d[b], self.scales.dmin[b] = d * self.scales.unit, dmin * self.scales.unit
-        self.scales.ls[groups], self.scales.lm[groups] = ls, lm
-
-    def _choose(self, choose: Choose, group: int, P: np.ndarray, R: np.ndarray, reach: int, *, keep: bool) -> None:
-        form, own = self.form, slice(group * self.form.group, (group + 1) * self.form.group)
-        a, m, step, offset = self.scales.candidates(form, group, reach)
-        best = np.empty(self.w.shape[1], np.int64)
-        E, codes = self.E[own], self.codes[own]
-        P, R, step, offset = (np.ascontiguousarray(x, F) for x in (P, R, step, offset))
-        choose(self.w[own], P, R, step, offset, form.levels, keep, E, codes, best)
-        self.scales.take(form, group, a, m, best)
-
-    def sweep(self, choose: Choose) -> None:
-        """Steps 2 and 3, panel by panel. G holds E H of the panel's columns."""
-        H, E, n, group = self.metric.H, self.E, len(self.w), self.form.group
-        for start in range(0, n, PANEL):
-            panel = slice(start, min(start + PANEL, n))
-            G = H[panel] @ E
-            for first in range(start, panel.stop, group):
-                own, i = slice(first, first + group), first // group
-                before = E[own].copy()
-                rest = G[first - start : first - start + group] - H[own, own] @ before
-                P = self.metric.inverse[i] @ rest
-                self._choose(choose, i, P, self.metric.root[i], REACH_SWEEP, keep=True)
-                G += H[panel, own] @ (E[own] - before)
-            if not self.form.free:
-                for first in range(start, panel.stop, self.form.block):
-                    self._refit(
-                        slice(first, first + self.form.block), G[first - start : first - start + self.form.block]
-                    )
-
-    def _refit(self, own: slice, G: np.ndarray) -> None:
-        """Step 3 for one super-block: what = d S - dmin M, codes fixed."""
-        form, s = self.form, self.scales
-        b, groups = own.start // form.block, slice(own.start // form.group, own.stop // form.group)
-        H, E = self.metric.H[own, own], self.E[own]
-        S = np.repeat(s.ls[groups], form.group, axis=0) * form.levels[self.codes[own]]
-        HS = H @ S
-        ss, sg = np.einsum("jr,jr->r", S, HS), np.einsum("jr,jr->r", S, G)
-        with np.errstate(all="ignore"):
-            if form.affine:
-                M = np.repeat(s.lm[groups], form.group, axis=0)
-                HM = H @ M
-                sm, mm = np.einsum("jr,jr->r", M, HS), np.einsum("jr,jr->r", M, HM)
-                mg = np.einsum("jr,jr->r", M, G)
-                determinant = ss * mm - sm * sm
-                d = s.stored(s.d[b] + (mm * sg - sm * mg) / determinant)
-                dmin = s.stored(s.dmin[b] + (sm * sg - ss * mg) / determinant)
-                usable = (determinant > 1e-5 * ss * mm) & (d >= 0) & (dmin >= 0)
-                change = (dmin - s.dmin[b]) * M - (d - s.d[b]) * S
-            else:
-                d, dmin = s.stored(s.d[b] + sg / ss), s.dmin[b]
-                usable = ss > 0
-                change = (s.d[b] - d) * S
-            change = np.where(usable, change, F(0))
-        gain = np.einsum("jr,jr->r", change, H @ change + 2 * G)
-        better = usable & (gain < 0)
-        change = np.where(better, change, F(0))
-        s.d[b], s.dmin[b] = np.where(better, d, s.d[b]), np.where(better, dmin, s.dmin[b])
-        E += change
-        G += H @ change

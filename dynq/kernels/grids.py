@@ -46,6 +46,7 @@ _SHAPES = {
     "IQ2_S": (16, False, 0.125),
     "IQ3_XXS": (32, True, 0.25),
     "IQ3_S": (32, False, 1.0),
+    "IQ1_S": (32, False, 1.0),
 }
 
 

@@ -3,10 +3,13 @@
 What error feedback needs to know of a format. Arrays are [.., rows]; weight j of a row is
 ``step * levels[code] + offset`` with ``step = d * ls``, ``offset = -(dmin * lm)``, where d and dmin are half floats of
 the block and ls, lm integers of a group of its weights. In Q4_0 to Q5_1 the group is the block, ls and lm are 1 and
-the halves themselves are varied.
+the halves themselves are varied. IQ4_NL is like Q4_0 with uneven levels.
 
-Another family is added with its own `Grid` (levels that are not equally spaced do) and a line in `read` and `write`.
-Formats of weights that take one entry of a code book together need a `choose` of their own as well.
+In the formats with code books ls is the odd number (IQ1) or odd multiple of the format's factor (IQ2, IQ3) that
+multiplies d, and levels are the values of entries with either sign, or in IQ1 with either delta.
+
+Another family is added with its own `Grid` (levels that are not equally spaced do) and a line in `read` and `write`;
+one whose weights are chosen together with a `Book` too.
 """
 
 from dataclasses import dataclass
@@ -14,27 +17,65 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynq import formats
-from dynq.kernels import kquants, legacy
+from dynq.kernels import iq1, iq4, iquants, kquants, legacy
+from dynq.kernels.floats import half_table
+from dynq.kernels.grids import entry_at, neighbours
+from dynq.kernels.grids import grid as lattice
 from dynq.kernels.plans import PLANS
 
 F = np.float32
 
 
 @dataclass(frozen=True)
+class Book:
+    """What an entry of a code book allows weights to be together.
+
+    source: its name in dynq.kernels.grids; dim: weights of an entry; signs: 0 none are stored, 1 any, 2 an even number
+    of minus signs among eight; delta: what is added to all values, or with the other sign, as eight weights choose
+    (`apart`) or all that share a scale.
+    """
+
+    source: str
+    dim: int
+    signs: int
+    delta: float = 0
+    apart: bool = False
+
+    @property
+    def values(self) -> np.ndarray:
+        """float32 [count], ascending."""
+        return lattice(self.source).values
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """What dynq.kernels.grids.neighbours gives."""
+        return neighbours(self.source, NEAR)
+
+
+NEAR = 32  # entries looked at; twice or half as many change the output error by 0.2 % at most
+
+
+@dataclass(frozen=True)
 class Grid:
     """How a format's weights are stored.
 
-    group: weights that share a scale, block: weights encoded together; levels float32, ascending; affine: whether
-    there are offsets; bottom, top: range of the integers ls and lm, both 0 where a group has its own half floats.
+    group: weights that share a scale, block: weights encoded together; levels float32, ascending; affine: whether there
+    are offsets; bottom, top, stride: range of ls and lm and distance of two of their values, both 0 where a group has
+    its own half floats; mirrored: whether the levels are of use upside down; reach: candidates of a group's scale to
+    each side in the walk, in sweeps; book: None where each weight has a code of its own.
     """
 
     name: str
     block: int
     group: int
     levels: np.ndarray
-    affine: bool
-    bottom: int
-    top: int
+    affine: bool = False
+    bottom: float = 0
+    top: float = 0
+    stride: float = 1
+    mirrored: bool = False
+    reach: tuple[int, int] = (4, 2)
+    book: Book | None = None
 
     @property
     def free(self) -> bool:
@@ -44,11 +85,26 @@ class Grid:
 
 def grid(name: str) -> Grid | None:
     """The grid of a format, None where error feedback does not know the format."""
+    block = formats.get(name).block
+    if name in iquants.PACK:
+        book = lattice(name)
+        levels = np.concatenate([-book.values[::-1], book.values])
+        entries = Book(name, book.dim, 2 if book.even else 1)
+        ends = book.step, 31 * book.step, 2 * book.step
+        return Grid(name, block, book.sub, levels, False, *ends, reach=(2, 1), book=entries)
+    if name in iq1.SHARES:
+        groups, deltas = iq1.SHARES[name]
+        levels = (np.array([-1, 0, 1], F)[:, None] + np.array([-iq1.DELTA, iq1.DELTA])).ravel()
+        entries = Book("IQ1_S", 8, 0, float(iq1.DELTA), deltas == 1)
+        return Grid(name, block, 8 * groups, levels, False, 1, 15, 2, reach=(1, 1), book=entries)
+    if name in ("IQ4_NL", "IQ4_XS"):
+        ends = (0, 0, 1) if name == "IQ4_NL" else (-32, 31, 1)
+        return Grid(name, block, 32, iq4.LEVELS, False, *ends, mirrored=True)
     if name not in PLANS or name == "Q8_0":
         return None
     plan = PLANS[name]
     levels = np.arange(plan.low, plan.high + 1, dtype=F)
-    return Grid(name, formats.get(name).block, plan.sub, levels, plan.affine, plan.bottom, plan.top)
+    return Grid(name, block, plan.sub, levels, plan.affine, plan.bottom, plan.top)
 
 
 @dataclass
@@ -90,17 +146,28 @@ class Scales:
         moves = np.arange(-reach, reach + 1, dtype=F)
         up = np.repeat(moves, len(moves))[:, None] if form.affine else moves[:, None]
         down = np.tile(moves, len(moves))[:, None] if form.affine else np.zeros((1, 1), F)
-        if not form.free:
-            a = np.clip(self.ls[group] + up, form.bottom, form.top)
-            m = np.clip(self.lm[group] + down, 0, form.top) if form.affine else np.broadcast_to(self.lm[group], a.shape)
-            return a, m, self.d[b] * a, -(self.dmin[b] * m)
-        size = F(FRACTION / len(form.levels))
-        a = self.stored(self.d[b] * (1 + size * up))
-        # the middle of the range moves by down / 2 of what its ends move by
-        middle = F(form.levels.mean())
-        m = self.stored(self.dmin[b] + (a - self.d[b]) * middle + self.d[b] * (size * middle) * down)
-        m = m if form.affine else np.zeros_like(a)
-        return a, m, a, -m
+        if form.free:
+            size = F(FRACTION / len(form.levels))
+            a = self.stored(self.d[b] * (1 + size * up))
+            # the middle of the range moves by down / 2 of what its ends move by
+            middle = F(form.levels.mean())
+            m = self.stored(self.dmin[b] + (a - self.d[b]) * middle + self.d[b] * (size * middle) * down)
+            if form.mirrored:
+                a = np.concatenate([a, -a])
+            m = m if form.affine else np.zeros_like(a)
+            return a, m, a, -m
+        low, high = F(form.bottom), F(form.top)
+        a = np.clip(self.ls[group] + F(form.stride) * up, low, high)
+        if form.mirrored:
+            a = np.concatenate([a, np.clip(-a, low, high)])
+        deltas = [0.0] if form.book is None else [form.book.delta]
+        if form.book is not None and form.book.delta and not form.book.apart:
+            deltas = [form.book.delta, -form.book.delta]
+        delta = np.repeat(np.array(deltas, F), len(a))[:, None]
+        a = np.concatenate([a] * len(deltas))
+        step = self.d[b] * a
+        m = np.clip(self.lm[group] + down, 0, high) if form.affine else np.broadcast_to(self.lm[group], a.shape)
+        return a, m, step, step * delta - self.dmin[b] * m
 
     def take(self, form: Grid, group: int, a: np.ndarray, m: np.ndarray, best: np.ndarray) -> None:
         """Keep the candidate `best` int64 [rows] of a and m; none where it is -1."""
@@ -120,6 +187,16 @@ def read(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
         return _half(data, 0), none, np.ones((1, len(data)), F), np.ones((1, len(data)), F)
     if name in ("Q4_1", "Q5_1"):
         return _half(data, 0), -_half(data, 2), np.ones((1, len(data)), F), np.ones((1, len(data)), F)
+    if name in ("IQ4_NL", "IQ4_XS"):
+        d, integers = iq4.unpack_scales(name, data)
+        return d, none, _f(integers), np.ones((integers.shape[1], len(data)), F)
+    if name in iquants.PACK:
+        parts = iquants.empty(name, len(data))
+        iquants.UNPACK[name](data, *parts)
+        return _half(data, 0), none, F(lattice(name).step) * (2 * _f(parts[2]) + 1), np.ones(parts[2].T.shape, F)
+    if name in iq1.SHARES:
+        found = iq1.unpack(name, data)
+        return half_table()[found.d], none, 2 * _f(found.levels) + 1, np.ones(found.levels.T.shape, F)
     if name == "Q2_K":
         return _half(data, 80), _half(data, 82), _f(data[:, :16] & 15), _f(data[:, :16] >> 4)
     if name == "Q3_K":
@@ -143,7 +220,11 @@ def write(form: Grid, scales: Scales, codes: np.ndarray, out: np.ndarray) -> Non
     d, dmin = (_bits(x / scales.unit) for x in (scales.d, scales.dmin))
     ls, lm = (x.T.reshape(rows * blocks, form.block // form.group) for x in (scales.ls, scales.lm))
     out = out.reshape(rows * blocks, -1)
-    if form.free:
+    if form.book is not None:
+        _write_entries(form, form.book, q, ls, d, out)
+    elif name in ("IQ4_NL", "IQ4_XS"):
+        iq4.pack(name, q, ls.astype(np.int8), d, out)
+    elif form.free:
         legacy.pack(q, d, _bits(-scales.dmin / scales.unit), form.affine, name[1] == "5", out)
     elif name == "Q2_K":
         kquants.pack_q2_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, out)
@@ -151,6 +232,19 @@ def write(form: Grid, scales: Scales, codes: np.ndarray, out: np.ndarray) -> Non
         kquants.pack_q45_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, name == "Q5_K", out)
     else:
         (kquants.pack_q3_k if name == "Q3_K" else kquants.pack_q6_k)(q, ls.astype(np.int8), d, out)
+
+
+def _write_entries(form: Grid, book: Book, q: np.ndarray, ls: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
+    count = len(book.values)
+    digits = np.where(q < count, count - 1 - q, q - count) if book.signs else q >> 1
+    points = digits.reshape(len(q), -1, book.dim).astype(np.int64) @ count ** np.arange(book.dim)
+    entries = entry_at(book.source)[points]
+    levels = ((ls / F(form.bottom) - 1) / 2).astype(np.uint8)
+    if book.signs:
+        signs = np.packbits(q < count, axis=1, bitorder="little")
+        iquants.PACK[form.name](entries, signs, levels, d, out)
+    else:
+        iq1.pack(form.name, iq1.Parts(entries, 1 - (q[:, ::8] & 1), levels, d), out)
 
 
 def _half(data: np.ndarray, at: int) -> np.ndarray:

@@ -52,4 +52,4 @@ def nearest(target: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Index of the level nearest to each target; where levels are one apart, halves go to the even level."""
     if (np.diff(levels) == 1).all():
         return (np.clip(np.rint(target), levels[0], levels[-1]) - levels[0]).astype(np.uint8)
-    return (F(2) * target[:, None] > levels[:-1] + levels[1:]).sum(1)
+    return (F(2) * target[..., None] > levels[:-1] + levels[1:]).sum(-1)
