@@ -418,6 +418,8 @@ def _pin(
         kept = [row for row in rows if row[0] == real]
         if not kept and real in ("F32", "F16", "BF16"):
             kept = [(real, size, 0.0)]  # 16 bits: no loss worth a measurement
+    if not kept and formats.get(real).needs_importance:
+        raise DynqError(f"pin {name}={wanted}: {real} needs importance, and there is none for this tensor; pin another")
     if not kept:
         raise DynqError(
             f"pin {name}={wanted}: no sensitivity was measured for it (only {', '.join(row[0] for row in rows)}); "

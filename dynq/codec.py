@@ -46,8 +46,8 @@ def quantize(
     weights = np.asarray(weights)
     if importance is not None and np.ndim(importance) == 2:
         return _quantize_experts(weights, fmt, np.asarray(importance), level, threads)
-    if weights.ndim == 0:
-        raise DynqError("quantize needs an array of at least one dimension, got a scalar")
+    if weights.ndim == 0 or weights.shape[-1] == 0:
+        raise DynqError(f"quantize needs rows of weights, got an array of shape {weights.shape}")
     n = weights.shape[-1]
     size = formats.row_bytes(fmt, n)
     rows = np.ascontiguousarray(weights, dtype=F).reshape(-1, n)
@@ -76,12 +76,16 @@ def check_level(level: str) -> None:
 def _quantize_experts(
     weights: np.ndarray, fmt: str, importance: np.ndarray, level: str, threads: int | None
 ) -> np.ndarray:
-    if weights.ndim != 3 or len(weights) != len(importance):
-        raise DynqError(f"importance {importance.shape} of experts does not fit weights {weights.shape}")
+    _check_experts(weights, importance)
     out = np.empty((*weights.shape[:2], formats.row_bytes(fmt, weights.shape[2])), np.uint8)
     for expert, (w, own) in enumerate(zip(weights, importance, strict=True)):
         out[expert] = quantize(w, fmt, own, level=level, threads=threads)
     return out
+
+
+def _check_experts(weights: np.ndarray, importance: np.ndarray) -> None:
+    if weights.ndim != 3 or len(weights) != len(importance):
+        raise DynqError(f"importance {importance.shape} of experts does not fit weights {weights.shape}")
 
 
 def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.ndarray:
@@ -90,8 +94,8 @@ def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.
     DynqError for an unknown format, another dtype, or bytes that do not divide into blocks.
     """
     data = np.asarray(data)
-    if data.dtype != np.uint8 or data.ndim == 0:
-        raise DynqError(f"dequantize needs an array of uint8, got {data.dtype} of {data.ndim} dimensions")
+    if data.dtype != np.uint8 or data.ndim == 0 or data.shape[-1] == 0:
+        raise DynqError(f"dequantize needs rows of uint8, got {data.dtype} of shape {data.shape}")
     form = formats.get(fmt)
     size = data.shape[-1]
     if size % form.block_bytes:
@@ -111,6 +115,7 @@ def weighted_error(weights: np.ndarray, decoded: np.ndarray, importance: np.ndar
     """
     weights, decoded = np.asarray(weights), np.asarray(decoded)
     if importance is not None and np.ndim(importance) == 2:
+        _check_experts(weights, np.asarray(importance))
         return sum(weighted_error(*expert) for expert in zip(weights, decoded, importance, strict=True))
     if weights.shape != decoded.shape or weights.ndim == 0:
         raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} differ in shape")
@@ -130,8 +135,8 @@ def warmup(names: Iterable[str] | None = None) -> None:
         n = formats.get(name).block
         weights = np.linspace(-1, 1, n, dtype=F)[None]
         for importance in (None, np.ones(n, F)):
-            if importance is not None or not formats.get(name).needs_importance:
-                weighted_error(weights, dequantize(quantize(weights, name, importance), name))
+            for level in LEVELS if importance is not None or not formats.get(name).needs_importance else ():
+                weighted_error(weights, dequantize(quantize(weights, name, importance, level=level), name))
 
 
 def _columns(importance: np.ndarray, n: int, block: int) -> np.ndarray:
@@ -174,8 +179,12 @@ def _spread(work: Callable[[slice], None], shape: tuple[int, ...], threads: int 
             work(part)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(work, part) for part in parts]:
-            done.result()
+        try:
+            for done in [pool.submit(work, part) for part in parts]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _cores() -> int:

@@ -62,6 +62,7 @@ def export(
     """
     path = Path(path)
     recipe = _carried_out(checkpoint, recipe)
+    _check_importance(checkpoint, recipe.formats, importance)
     metadata = _metadata(checkpoint, recipe, importance, imatrix_file)
     header = _header(checkpoint, recipe.formats, metadata)
     sizes = {n: formats.tensor_bytes(fmt, checkpoint.tensors[n].shape) for n, fmt in recipe.formats.items()}
@@ -109,11 +110,7 @@ def apply(
     wanted, tensors = described.recipe.formats, checkpoint.tensors
     check_shapes(described, {name: info.shape for name, info in tensors.items()}, checkpoint.name)
     chosen = _formats(checkpoint, wanted)
-    for name, fmt in chosen.items():
-        bare = importance is None or importance.mean(name, tensors[name].row) is None
-        if formats.get(fmt).needs_importance and bare:
-            lacks = "give one with --imatrix" if importance is None else "the one given has nothing for this tensor"
-            raise DynqError(f"{name}: {fmt} needs an importance matrix; {lacks}")
+    _check_importance(checkpoint, chosen, importance)
     recipe = replace(
         described.recipe,
         predicted_kld=None,
@@ -137,8 +134,18 @@ def simulate(
     Encodes the same bytes as `export` and decodes them, in memory, one tensor at a time.
     """
     chosen = _formats(checkpoint, recipe_formats)
+    _check_importance(checkpoint, chosen, importance)
     for name, fmt, data in _encoded(checkpoint, chosen, importance, level, threads, "encode"):
         yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
+
+
+def _check_importance(checkpoint: Checkpoint, chosen: dict[str, str], importance: Importance | None) -> None:
+    """DynqError, before anything is written, where a format needs importance and there is none for its tensor."""
+    for name, fmt in chosen.items():
+        bare = importance is None or importance.mean(name, checkpoint.tensors[name].row) is None
+        if formats.get(fmt).needs_importance and bare:
+            lacks = "give one with --imatrix" if importance is None else "the one given has nothing for this tensor"
+            raise DynqError(f"{name}: {fmt} needs an importance matrix; {lacks}")
 
 
 def header_bytes(

@@ -6,9 +6,10 @@ encoders weigh errors with.
 Layout after llama.cpp: ``tools/imatrix/imatrix.cpp`` (writer) and ``common/imatrix-loader.cpp`` (reader).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 
 from dynq.errors import DynqError
 from dynq.files import replacing
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import TensorInfo
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 # The weight, in tokens, of the other experts' mean in an expert's own: enough to steady one that a handful of tokens
@@ -77,6 +81,30 @@ class Importance:
             pooled = sums.sum(axis=0) / total
             mean = (sums + _PRIOR_TOKENS * pooled) / (counts + _PRIOR_TOKENS)
         return mean.astype(np.float32)
+
+    def check_model(self, tensors: Mapping[str, "TensorInfo"], where: str) -> list[str]:
+        """The quantizable tensors of a model that have no importance here.
+
+        DynqError, naming the file `where`, if that is all of them, or if a tensor's rows have another length.
+        """
+        quantizable = [info for info in tensors.values() if info.quantizable]
+        missing = []
+        for info in quantizable:
+            mean = self.mean(info.name, info.row)
+            if mean is None:
+                missing.append(info.name)
+            elif mean.ndim == 2 and (len(info.shape) != 3 or len(mean) != info.shape[0]):
+                raise DynqError(
+                    f"{where}: {info.name} has {mean.size} values, the tensor is {'x'.join(map(str, info.shape))}; "
+                    "it was made from another model"
+                )
+        if len(missing) == len(quantizable):
+            raise DynqError(f"{where}: has none of the model's tensors; it was made from another model")
+        return missing
+
+    def completed(self, other: "Importance") -> "Importance":
+        """This one, and of `other` the tensors that are not here."""
+        return replace(self, sums=other.sums | self.sums, counts=other.counts | self.counts)
 
     def rare(self, tokens: int = int(_PRIOR_TOKENS)) -> dict[str, list[int]]:
         """Experts that fewer than `tokens` tokens reached: tensor name -> their indices; only tensors that have some.

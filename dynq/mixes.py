@@ -323,7 +323,8 @@ def neighbours(
 def interpolate_kld(tensor_bytes: float, below: tuple[float, float], above: tuple[float, float]) -> float:
     """The KLD of mixes at `tensor_bytes`: log KLD linear in bytes between two (bytes, KLD), the nearer one outside.
 
-    KLDs in nats, positive; ValueError otherwise. Outside of the two nothing is extrapolated (`Neighbours.inside`).
+    KLDs in nats, positive; ValueError otherwise. Where the larger mix is no better, the smaller one's KLD throughout.
+    Outside of the two nothing is extrapolated (`Neighbours.inside`).
     """
     (size_a, kld_a), (size_b, kld_b) = sorted((below, above))
     if kld_a <= 0 or kld_b <= 0:

@@ -163,12 +163,14 @@ def check_sizes(tasks: Iterable[Task]) -> None:
         codec.check_level(steps[step]["level"])
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
+    untied = "output.weight" in checkpoint.tensors  # what is only looked up has no inputs, hence no importance
     names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])
     rows = [
         {"tensor": name, "format": formats.usable(candidate, info.row), "predicted_kld": 0.0}
         for name, info in checkpoint.tensors.items()
         if info.quantizable
         for candidate in names
+        if not (formats.get(candidate).needs_importance and name == "token_embd.weight" and untied)
     ]
     for step, own in steps.items():
         if step.startswith("allocate."):

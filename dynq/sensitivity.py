@@ -85,6 +85,7 @@ def sensitivity(
     Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
     the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
     """
+    candidates = tuple(candidates)
     fisher = Fisher(folder / "fisher")
     names = linear_tensors(checkpoint)
     factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})
@@ -100,7 +101,7 @@ def sensitivity(
         for row in rows:
             log.write(json.dumps(row) + "\n")
         for name in progress([n for n in names if n not in done], desc="sensitivity", unit="tensor"):
-            new = _tensor_rows(checkpoint, name, fisher, factors, importance, tuple(candidates), level, threads)
+            new = _tensor_rows(checkpoint, name, fisher, factors, importance, candidates, level, threads)
             rows += new
             log.write("".join(json.dumps(row) + "\n" for row in new))
             log.flush()
@@ -163,6 +164,8 @@ def _tensor_rows(
                 "last": False,
             }
         )
+    if not rows:
+        raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
     rows[-1]["last"] = True
     return rows
 

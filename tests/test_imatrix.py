@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
+from dynq.checkpoint import TensorInfo
 from dynq.errors import DynqError
 from dynq.imatrix import Importance, read_imatrix, write_imatrix
 
@@ -189,3 +190,27 @@ def test_real_quantizer_takes_a_file_without_datasets(tmp_path: Path, importance
     importance.datasets = []
     write_imatrix(tmp_path / "imatrix.gguf", importance)
     assert read_imatrix(tmp_path / "imatrix.gguf").datasets == ["unnamed"]
+
+
+def test_a_foreign_matrix_is_completed_and_another_models_is_refused():
+    tensors = {
+        name: TensorInfo(name, shape, "F32")
+        for name, shape in (
+            ("blk.0.attn_q.weight", (4, 32)),
+            ("blk.0.ffn_up.weight", (4, 32)),
+            ("blk.0.n.weight", (32,)),
+        )
+    }
+    ones, counts = np.ones((1, 32), np.float32), np.ones(1, np.float32)
+    foreign = Importance({"blk.0.attn_q.weight": 2 * ones}, {"blk.0.attn_q.weight": counts})
+    own = Importance(dict.fromkeys(tensors, ones), dict.fromkeys(tensors, counts))
+    assert foreign.check_model(tensors, "their.gguf") == ["blk.0.ffn_up.weight"]
+    both = foreign.completed(own)
+    assert both.mean("blk.0.attn_q.weight")[0] == 2 and both.mean("blk.0.ffn_up.weight")[0] == 1
+    assert both.check_model(tensors, "both") == []
+    with pytest.raises(DynqError, match=r"their.gguf: has none of the model's tensors"):
+        Importance({}, {}).check_model(tensors, "their.gguf")
+    for length in (24, 64):
+        other = Importance({"blk.0.attn_q.weight": np.ones((1, length), np.float32)}, {"blk.0.attn_q.weight": counts})
+        with pytest.raises(DynqError, match="another model"):
+            other.check_model(tensors, "their.gguf")

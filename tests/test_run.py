@@ -331,7 +331,7 @@ def test_what_was_done_before_a_mistake_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("target", "values", "message"),
     [
-        ("1bpw", {}, "the smallest possible is 2.6"),
+        ("1bpw", {}, "the smallest possible is 1.5"),
         ("1MB", {}, "the smallest possible is .* MB"),
         ("3.5bpw", {"pins": {"blk.*.nothing": "Q4_K"}}, "matches no tensor"),
         ("3.5bpw", {"profile": "no-such"}, "no profile 'no-such'"),

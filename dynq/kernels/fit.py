@@ -13,12 +13,14 @@ import numpy as np
 
 from dynq.kernels._jit import kernel
 from dynq.kernels.floats import half, single
-from dynq.kernels.plans import SINGULAR
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
 TWO = np.float32(2)
 INFINITY = np.float32(np.inf)
+# Least determinant of a least squares problem, of the product it is a difference of: float32 sums have no more digits,
+# and where all codes are equal (a constant block) what remains is noise.
+SINGULAR = np.float32(4e-6)
 
 
 @kernel

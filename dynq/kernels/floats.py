@@ -3,11 +3,10 @@
 float32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm      F16  s eeeee mmmmmmmmmm      BF16  s eeeeeeee mmmmmmm
 """
 
-from functools import cache
-
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels._once import once
 
 U = np.uint32
 MAGNITUDE = U(0x7FFFFFFF)
@@ -37,7 +36,7 @@ def single(bits):
     return U(np.float32(magnitude).view(U) | U(U(h & U(0x8000)) << U(16))).view(np.float32)
 
 
-@cache
+@once
 def half_table() -> np.ndarray:
     """The float32 of each half float, by its bits: float32 [65536]."""
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)

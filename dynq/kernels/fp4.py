@@ -21,11 +21,10 @@ Source: block_mxfp4, block_nvfp4 in llama.cpp's ggml-common.h, quantize_row_mxfp
 Microscaling Formats (MX) v1.0. Decoding multiplies as gguf-py does, twice the code's value by half the scale.
 """
 
-from functools import cache
-
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels._once import once
 
 U = np.uint32
 TILE = 2048  # weights side by side
@@ -267,7 +266,7 @@ def decode_nvfp4(data, halves, out):
             out[b, i] = np.float32(twice[i]) * half[i]
 
 
-@cache
+@once
 def half_scales(name: str) -> np.ndarray:
     """Half the scale of each byte, float32 [256]: all of E8M0 are then finite."""
     byte = np.arange(256)

@@ -1,10 +1,11 @@
 """The code books of IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S and, for each rounded point, the entries nearest to it."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from gguf import quants
+
+from dynq.kernels._once import once
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ _SHAPES = {
 }
 
 
-@cache
+@once
 def grid(name: str) -> Grid:
     """The code book of a format, from gguf."""
     source = getattr(quants, name)
@@ -95,7 +96,7 @@ def plan_of(name: str, level: str) -> Plan:
     return Plan(*_PLAIN[name], 1, tries, ends) if level == "plain" else Plan(64, 128, 10, 2, tries, ends)
 
 
-@cache
+@once
 def neighbours(name: str, count: int) -> np.ndarray:
     """The `count` (a multiple of 16) entries nearest to each point whose coordinates are all values of the grid.
 
@@ -113,7 +114,7 @@ def neighbours(name: str, count: int) -> np.ndarray:
     return values.astype(np.int8).reshape(len(points), -1)
 
 
-@cache
+@once
 def entry_at(name: str) -> np.ndarray:
     """The entry at each point, by the point's number as in `neighbours`: uint16 [points], 65535 where there is none."""
     book = grid(name)

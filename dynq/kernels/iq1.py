@@ -51,9 +51,9 @@ def pack_iq1_s(entries, signs, levels, d, out):
 def unpack_iq1_s(data, entries, signs, levels, d):
     """The inverse of pack_iq1_s."""
     for b in range(data.shape[0]):
-        d[b] = np.uint16(data[b, 0] | (data[b, 1] << 8))
+        d[b] = np.uint16(data[b, 0] | (np.uint32(data[b, 1]) << np.uint32(8)))
         for u in range(8):
-            word = data[b, 34 + 2 * u] | (data[b, 35 + 2 * u] << 8)
+            word = data[b, 34 + 2 * u] | (np.uint32(data[b, 35 + 2 * u]) << np.uint32(8))
             levels[b, u] = np.uint8((word >> 12) & 7)
             for k in range(4):
                 s = 4 * u + k
@@ -85,7 +85,7 @@ def unpack_iq1_m(data, entries, signs, levels, d):
     for b in range(data.shape[0]):
         bits = 0
         for k in range(4):
-            word = data[b, 48 + 2 * k] | (data[b, 49 + 2 * k] << 8)
+            word = data[b, 48 + 2 * k] | (np.uint32(data[b, 49 + 2 * k]) << np.uint32(8))
             bits |= (word >> 12) << (4 * k)
             for i in range(4):
                 levels[b, 4 * k + i] = np.uint8((word >> (3 * i)) & 7)

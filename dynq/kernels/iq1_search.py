@@ -11,13 +11,13 @@ Blocks are worked on side by side: arrays are [weight in group, lane], lane = gr
 Source of the code book: gguf-py. The formats are drawn in dynq.kernels.iq1.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from gguf import quants
 
 from dynq.kernels._jit import kernel
+from dynq.kernels._once import once
 from dynq.kernels.fit import INFINITY, ONE, TWO, ZERO, load, stored
 from dynq.kernels.floats import half
 
@@ -65,7 +65,7 @@ class Book(NamedTuple):
     second: np.ndarray
 
 
-@cache
+@once
 def book() -> Book:
     quants.IQ1_S.init_grid()
     grid = np.array(quants.IQ1_S.grid, np.float32).reshape(2048, 8)

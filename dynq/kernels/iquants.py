@@ -19,11 +19,10 @@ byte k holds those of the k-th four (IQ2_S) or eight (IQ3_S) entries, the first 
 Source: block_iq2_xxs to block_iq3_s in llama.cpp's ggml-common.h. Decoding multiplies in gguf-py's order.
 """
 
-from functools import cache
-
 import numpy as np
 
 from dynq.kernels._jit import kernel
+from dynq.kernels._once import once
 from dynq.kernels.floats import half_table
 from dynq.kernels.grids import entry_at, grid, neighbours, plan_of
 from dynq.kernels.lattice import fit
@@ -251,7 +250,7 @@ UNPACK = {
 }
 
 
-@cache
+@once
 def _plusminus() -> np.ndarray:
     """1 or -1 for each bit of a byte of signs: float32 [256, 8]."""
     return np.where(np.arange(256)[:, None] >> np.arange(8) & 1, -1, 1).astype(np.float32)

@@ -34,6 +34,7 @@ from dynq.kernels.errors import block_errors
 from dynq.kernels.fit import (
     INFINITY,
     ONE,
+    SINGULAR,
     TWO,
     ZERO,
     assign,
@@ -44,7 +45,7 @@ from dynq.kernels.fit import (
     stored,
 )
 from dynq.kernels.floats import half, half_table
-from dynq.kernels.plans import SINGULAR, Plan, pairs, plan_of
+from dynq.kernels.plans import Plan, pairs, plan_of
 
 GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
 

@@ -17,9 +17,20 @@ Source: block_q4_0 to block_q8_0 in llama.cpp's ggml-common.h. Decoding multipli
 import numpy as np
 
 from dynq.kernels._jit import kernel
-from dynq.kernels.fit import INFINITY, ONE, ZERO, assign, load, measure, search_affine, search_symmetric, stored
+from dynq.kernels.fit import (
+    INFINITY,
+    ONE,
+    SINGULAR,
+    ZERO,
+    assign,
+    load,
+    measure,
+    search_affine,
+    search_symmetric,
+    stored,
+)
 from dynq.kernels.floats import half, half_table, single
-from dynq.kernels.plans import SINGULAR, pairs, plan_of
+from dynq.kernels.plans import pairs, plan_of
 
 LANES = 64  # blocks side by side
 BIT = (np.uint32(1) << np.arange(32, dtype=np.uint32)).view(np.int32)

@@ -4,10 +4,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-SINGULAR = np.float32(4e-6)
-"""Least determinant of a least squares problem, of the product it is a difference of: float32 sums have no more digits,
-and where all codes are equal (a constant block) what remains is noise."""
-
 
 @dataclass(frozen=True)
 class Plan:

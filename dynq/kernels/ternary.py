@@ -37,7 +37,7 @@ HALF = np.float32(0.5)
 SENT = np.array([1.9, -1.9, 1], np.float32)
 Q2_0 = Plan(False, 64, 64, -1, 2, tuple((s * t, 0) for s in (-1, 1) for t in (1, 1.3, 1.6, 1.9, 2.2, 2.5, 3, 4)))
 # importance as integers up to FULL, and importance x |w| as well: 256 of them sum to less than 2^31
-FULL = np.float32(1 << 22)
+FULL = np.float32(1 << 21)
 
 
 @kernel

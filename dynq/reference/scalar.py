@@ -7,7 +7,8 @@ method is described in dynq.kernels.fit.
 
 import numpy as np
 
-from dynq.kernels.plans import SINGULAR, Plan, plan_of
+from dynq.kernels.fit import SINGULAR
+from dynq.kernels.plans import Plan, plan_of
 
 F = np.float32
 
