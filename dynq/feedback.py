@@ -120,7 +120,7 @@ def encode(
     formats.row_bytes(fmt, n)
     fitted, kept = (_domains(inputs, n) for inputs in (fit, aside))
     both = _sum([*fitted, *kept], n)
-    if importance is None and both.matrix.diagonal().any():
+    if importance is None and (both.matrix.diagonal().any() or formats.get(fmt).needs_importance):
         importance = both.matrix.diagonal()
     weights = np.ascontiguousarray(weights, dtype=F)
     candidates = {

@@ -138,8 +138,9 @@ def test_too_few_inputs(fit: int, aside: int, reason: str):
 
 def test_inputs_of_zeros_and_formats_without_feedback():
     weights, zeros, x = gaussian(8, 256), np.zeros((512, 256), F), correlated(512, 256, 0)
-    encoded = feedback.encode(weights, "Q4_K", zeros, zeros)
-    assert encoded.level in codec.LEVELS and encoded.ratios == () and encoded.reason
+    for name in ("Q4_K", "IQ2_XS"):
+        encoded = feedback.encode(weights, name, zeros, zeros)
+        assert encoded.level in codec.LEVELS and encoded.ratios == () and encoded.reason
     for name in ("Q8_0", "F16", "F32"):
         encoded = feedback.encode(weights, name, x, x)
         assert encoded.level in codec.LEVELS and encoded.reason == f"{name} has no feedback"

@@ -14,7 +14,8 @@ class Grid:
 
     entries float32 [entries, dim]; their values are low, low + spacing, ..., `top` spacings in all (nearly: the grids
     of IQ2 and IQ3_XXS are a little uneven); sub: weights that share a level of 0..15; even: seven signs are stored for
-    eight weights, the eighth makes the number of minus signs even.
+    eight weights, the eighth makes the number of minus signs even. IQ1_S's book, of values -1, 0, 1 without signs, is
+    here for error feedback; IQ1_M has the same.
     """
 
     entries: np.ndarray

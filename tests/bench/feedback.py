@@ -19,6 +19,7 @@ import torch
 from dynq import codec, feedback, formats
 from dynq.checkpoint import open_checkpoint
 from dynq.fisher import HEAD, linear_tensors
+from dynq.kernels import scales
 from dynq.text import load_text
 from dynq.torch_model import load_model, load_tokenizer
 
@@ -65,7 +66,8 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--heldout", default="")
     parser.add_argument("--foreign", default="")
-    parser.add_argument("--formats", default="Q2_K,Q3_K,Q4_0,Q4_1,Q4_K,Q5_0,Q5_1,Q5_K,Q6_K")
+    names = [name for name in formats.FORMATS if scales.grid(name) is not None]
+    parser.add_argument("--formats", default=",".join(names))
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--chunks", default="16,5,8", help="fitted, aside and held out, of each file")
     parser.add_argument("--rows", type=int, default=1024, help="rows of a tensor that are encoded, at most")
