@@ -149,7 +149,7 @@ def against_original(
     A file that cannot be measured stands in "failed" with its reason. DynqError for what concerns all of them.
     """
     _check_context(n_ctx, n_chunks)
-    entrants_paths = _existing(files)
+    paths = _existing(files)
     importance = read_imatrix(imatrix) if imatrix else None
     checkpoint = open_checkpoint(reference, allow_requantize)
     with folder.lock():
@@ -157,7 +157,7 @@ def against_original(
         read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed)
         if write_logits is not None:
             _write_logits(write_logits, original, read.tokens)
-        entrants = [_entrant(label, path, checkpoint) for label, path in entrants_paths]
+        entrants = [_entrant(label, path, checkpoint) for label, path in paths]
         scores = _Scores(folder, _hash([checkpoint.fingerprint, read.sha256, read.domains]), read.domains)
         entries = _measured(entrants, scores, lambda: original.reference(read))
         if with_mixes:
