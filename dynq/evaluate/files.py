@@ -5,6 +5,7 @@ also quantizes activations, adds a little. The original's log-probabilities are 
 and so is every score, under the hash of all that it depends on: a second call with one file more measures one file.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from dynq.torch_model import load_model
 
 LEAST_CONTEXT = 16  # tokens in a chunk: fewer score too few positions for an error of the mean
 NOTHING_MORE = tasks.Asked()
+SHOWN = 5  # worst tokens and costliest layers that are printed
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,11 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     parts = [f"{evaluation['model']['name']}: {text['description']}", text_table(tables.rows(evaluation))]
     if domains := tables.domain_rows(evaluation):
         parts.append(text_table(domains))
+    if answers := tables.answer_rows(evaluation):
+        parts.append(text_table(answers))
+    for entry in evaluation["files"]:
+        if "where" in entry:
+            parts += _hurts(entry)
     if statistics := tables.statistic_rows(evaluation):
         width, labels = shutil.get_terminal_size((120, 40)).columns, list(statistics[0])[1:]
         first = max(len(row["statistic"]) for row in statistics)
@@ -350,5 +357,24 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
                 count += used <= width
             own, labels = labels[: max(1, count)], labels[max(1, count) :]
             parts.append(text_table([{key: row[key] for key in ("statistic", *own)} for row in statistics]))
-    parts.append(f"{folder.path}: evaluation.json, report.html, frontier.svg")
+    pictures = ", ".join(name for name in ("frontier.svg", "layers.svg") if (folder / name).exists())
+    parts.append(f"{folder.path}: evaluation.json, report.html, {pictures}".rstrip(", "))
     return "\n\n".join(parts)
+
+
+def _hurts(entry: Mapping[str, Any]) -> list[str]:
+    """The first few of a file's worst tokens and costliest layers; the report has all."""
+    worst = [
+        {"KLD": token["kld"], "before": "…" + " ".join(token["before"].split())[-32:]}
+        | {who: _likeliest(token, who) for who in ("original", "file")}
+        for token in entry["where"]["tokens"][:SHOWN]
+    ]
+    parts = [f"{entry['label']}: where it diverges most\n{text_table(worst)}"]
+    if layers := tables.layer_rows(entry["where"])[:SHOWN]:
+        parts.append(f"{tables.layers_title(entry)}\n{text_table(layers)}")
+    return parts
+
+
+def _likeliest(token: Mapping[str, Any], who: str) -> str:
+    guess = token[f"{who}_top"][0]
+    return f"{json.dumps(guess['text'], ensure_ascii=False)} {100 * guess[who]:.1f} %"

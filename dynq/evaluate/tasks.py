@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -143,7 +144,8 @@ class Mmlu(Task):
 
     def describe(self, original: Any) -> dict[str, Any]:
         score = mmlu.score(mmlu.Answers(**original)) if original else None
-        return {"source": self.source, "limit": self.limit, "n_ctx": self.n_ctx, "original": score}
+        source = self.source if self.source == mmlu.HUB else Path(self.source).name
+        return {"source": source, "limit": self.limit, "n_ctx": self.n_ctx, "original": score}
 
 
 class Greedy(Task):
