@@ -8,7 +8,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import dynq
-from dynq import figures, mixes, sensitivity, svg
+from dynq import card, figures, mixes, sensitivity, svg
 from dynq.evaluate import tables
 from dynq.files import replacing
 from dynq.folder import RunFolder, file_safe
@@ -52,9 +52,10 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "plotlyjs": get_plotlyjs(),
         "style": _data("style.css"),
     }
-    for name in ("report.html", "model-card.md"):
+    more = card.values(folder, checkpoint, evaluation)
+    for name, own in (("report.html", values), ("model-card.md", values | more)):
         with replacing(folder / name) as beside:
-            beside.write_text(_template(f"{name}.j2").render(values), encoding="utf-8")
+            beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
 
 
 def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None:
