@@ -158,9 +158,11 @@ Examples:
 
   dynq evaluate model-f16.gguf *.gguf --text wiki.txt --mixes --imatrix imatrix.gguf --out compared
 
+  dynq evaluate Qwen/Qwen3-0.6B mine.gguf --mmlu cais/mmlu --mmlu-limit 20 --greedy 50 --where 20 --out compared
+
   dynq evaluate --logits base.logits mine.gguf theirs.gguf --out compared
 
-The original's log-probabilities and every score are kept in the folder: a second call measures only what is new.
+The original's log-probabilities and every result are kept in the folder: a second call measures only what is new.
 """
 
 
@@ -182,6 +184,16 @@ def evaluate(
     chunks: Annotated[int, typer.Option(help="Chunks of each text file, at most.")] = 16,
     mixes: Annotated[bool, typer.Option("--mixes", help="Measure llama.cpp's mixes of the files' sizes too.")] = False,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix that the mixes are encoded with.")] = None,
+    mmlu: Annotated[
+        str | None, typer.Option(help="Ask MMLU's questions: a folder with dev/ and test/, or cais/mmlu of the hub.")
+    ] = None,
+    mmlu_limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of each subject.")] = None,
+    greedy: Annotated[
+        int, typer.Option(min=0, help="Answer so many held-out prompts greedily: do the answers stay the same?")
+    ] = 0,
+    where: Annotated[
+        int, typer.Option(min=0, help="Show so many of the worst tokens, and which layers cost most.")
+    ] = 0,
     logits: Annotated[
         Path | None, typer.Option(help="A file of llama-perplexity's (--kl-divergence-base) as the original.")
     ] = None,
@@ -201,17 +213,21 @@ def evaluate(
         raise DynqError(f"{out}: a file, not a folder; choose another --out")
     if (folder / "run.json").exists():
         raise DynqError(f"{out}: the folder of a run, whose own evaluation would be lost; choose another --out")
-    if logits is not None and (text or mixes or imatrix or write_logits):
+    if logits is not None and (text or mixes or imatrix or write_logits or mmlu or greedy or where):
         raise DynqError(
-            "--logits brings its own text and no weights: leave out --text, --mixes, --imatrix, --write-logits"
+            "--logits brings its own text and no weights: leave out --text, --mixes, --imatrix, --write-logits, "
+            "--mmlu, --greedy, --where"
         )
     if imatrix is not None and not mixes:
         raise DynqError("--imatrix is for the mixes; add --mixes")
+    if mmlu_limit is not None and not mmlu:
+        raise DynqError("--mmlu-limit is for MMLU; add --mmlu")
     paths = [Path(name).expanduser() for name in (files if logits else files[1:])]
     if not paths:
         raise DynqError("no file to measure; give the original and then one or more GGUF files")
 
     from dynq.evaluate import files as measure
+    from dynq.evaluate.tasks import Asked
     from dynq.report import write_files_report
 
     measure.set_threads(threads)
@@ -230,6 +246,7 @@ def evaluate(
                 with_mixes=mixes,
                 imatrix=imatrix,
                 write_logits=write_logits,
+                asked=Asked(mmlu or "", mmlu_limit, greedy, where),
                 allow_requantize=allow_requantize,
                 threads=threads,
             )

@@ -13,6 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dynq import formats
+from dynq.evaluate.tables import layer_rows, layers_title
 from dynq.progress import is_static
 
 if TYPE_CHECKING:
@@ -302,6 +303,41 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
     figure.update_xaxes(title=f"tensor data, {name_of_unit}", range=[min(sizes) - room, max(sizes) + room])
     figure.update_yaxes(title="mean KLD, nats per token (less is better)", **_NATS)
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
+
+
+def layer_costs(evaluation: Mapping[str, Any]) -> Picture:
+    """KLD saved by each layer in full precision, a line for every file with "where" (see dynq.evaluate.tasks).
+
+    What lies outside of the layers stands before the first and after the last one.
+    """
+    own = [entry for entry in evaluation["files"] if "where" in entry]
+    names = {row["name"] for entry in own for row in entry["where"]["layers"]["rows"]}
+    last = max((int(name[4:]) for name in names if name.startswith("blk.")), default=0)
+
+    def place(name: str) -> int:
+        return int(name[4:]) if name.startswith("blk.") else -1 if name.startswith("token_embd") else last + 1
+
+    figure, tables = go.Figure(), []
+    for entry, colour in zip(own, (BLUE, ORANGE, GREEN, PINK, BLACK) * len(own), strict=False):
+        tables.append(html_table(layer_rows(entry["where"]), layers_title(entry)))
+        rows = sorted(entry["where"]["layers"]["rows"], key=lambda row: place(row["name"]))
+        if not rows:  # a file that is whole
+            continue
+        figure.add_scatter(
+            x=[place(row["name"]) for row in rows],
+            y=[row["saved"] for row in rows],
+            error_y={"array": [row["saved_error"] for row in rows], "thickness": 1},
+            text=["" if row["name"].startswith("blk.") else row["name"].removesuffix(".weight") for row in rows],
+            textposition="top right",
+            mode="lines+markers+text",
+            name=_short(entry["label"]),
+            marker={"color": colour, "size": 8},
+            line={"color": colour, "width": 1.5},
+        )
+    _layout(figure, "What a layer in full precision would save")
+    figure.update_xaxes(title="layer", range=[-1.5, last + 2.5])
+    figure.update_yaxes(title="less mean KLD, nats per token", **_NATS)
+    return Picture(figure, "".join(tables))
 
 
 def _largest(evaluation: Mapping[str, Any]) -> int:

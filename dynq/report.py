@@ -8,7 +8,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import dynq
-from dynq import figures, mixes, sensitivity, svg
+from dynq import card, figures, mixes, sensitivity, svg
 from dynq.evaluate import tables
 from dynq.files import replacing
 from dynq.folder import RunFolder, file_safe
@@ -52,27 +52,46 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "plotlyjs": get_plotlyjs(),
         "style": _data("style.css"),
     }
-    for name in ("report.html", "model-card.md"):
+    more = card.values(folder, checkpoint, evaluation)
+    for name, own in (("report.html", values), ("model-card.md", values | more)):
         with replacing(folder / name) as beside:
-            beside.write_text(_template(f"{name}.j2").render(values), encoding="utf-8")
+            beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
 
 
 def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None:
-    """Write ``report.html`` and ``frontier.svg`` of an evaluation of `dynq.evaluate.files`."""
-    picture = figures.frontier(evaluation)
-    drawn = svg.render(picture.figure) if evaluation["files"] else ""
-    values = {
-        "evaluation": evaluation,
-        "version": dynq.__version__,
-        "frontier": _embedded(picture, "frontier") | {"svg": drawn},
-        "table": figures.html_table(tables.rows(evaluation), "Every file on the same text"),
-        "domains": figures.html_table(domains) if (domains := tables.domain_rows(evaluation)) else "",
-        "statistics": figures.html_table(tables.statistic_rows(evaluation)) if drawn else "",
-        "plotlyjs": get_plotlyjs(),
-        "style": _data("style.css"),
+    """Write ``report.html`` of an evaluation of files; ``frontier.svg`` and ``layers.svg`` of what was measured."""
+    pictures = {}
+    if evaluation["files"]:
+        pictures["frontier"] = figures.frontier(evaluation)
+    if any("where" in entry for entry in evaluation["files"]):
+        pictures["layers"] = figures.layer_costs(evaluation)
+    drawn = {name: _embedded(p, name) | {"svg": svg.render(p.figure)} for name, p in pictures.items()}
+    several = len(evaluation["text"]["domains"]) > 1
+    tables_of = {
+        "table": (tables.rows(evaluation), "Every file on the same text"),
+        "domains": (tables.domain_rows(evaluation), ""),
+        "answers": (tables.answer_rows(evaluation), ""),
+        "subjects": (tables.subject_rows(evaluation), "Subjects of MMLU; flips: right to wrong, wrong to right"),
+        "statistics": (tables.statistic_rows(evaluation), ""),
     }
-    page = _template("evaluation.html.j2").render(values)
-    for name, text in (("report.html", page), ("frontier.svg", drawn)):
+    values = {name: figures.html_table(rows, caption) if rows else "" for name, (rows, caption) in tables_of.items()}
+    values["worst"] = "".join(
+        figures.html_table(tables.worst_rows(entry["where"], several), f"{entry['label']}: its worst tokens")
+        for entry in evaluation["files"]
+        if "where" in entry
+    )
+    page = _template("evaluation.html.j2").render(
+        values,
+        evaluation=evaluation,
+        version=dynq.__version__,
+        drawn=drawn,
+        plotlyjs=get_plotlyjs(),
+        style=_data("style.css"),
+    )
+    written = {"report.html": page} | {f"{name}.svg": picture["svg"] for name, picture in drawn.items()}
+    for name in ("frontier.svg", "layers.svg"):
+        (folder / name).unlink(missing_ok=True)  # of an evaluation before this one
+    for name, text in written.items():
         with replacing(folder / name) as beside:
             beside.write_text(text, encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """A scatter figure of plotly as SVG: a picture that stays where JavaScript is stripped (GitHub, a model card).
 
-Only what `figures.frontier` draws: scatter traces with lines, markers, texts and error bars over a linear x axis and a
-logarithmic y axis. The numbers are read from the figure, so the two pictures cannot differ.
+Only what `figures.frontier` and `figures.layer_costs` draw: scatter traces with lines, markers, texts and error bars
+over a linear x axis and a logarithmic y axis. The numbers are read from the figure, so the two pictures cannot differ.
 """
 
 import math

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from dynq.checkpoint import open_checkpoint
 from dynq.cli import app
 from dynq.errors import DynqError
-from dynq.evaluate import files, kld, tables
+from dynq.evaluate import files, kld, mmlu, original, tables, where
+from dynq.evaluate.tasks import Asked
 from dynq.export import export
 from dynq.folder import RunFolder
 from dynq.report import write_files_report
@@ -36,6 +37,10 @@ def made(tmp_path_factory) -> SimpleNamespace:
     lazy = "the quick brown fox jumps over the lazy dog "
     (folder / "dogs.txt").write_text(lazy * 40)
     (folder / "numbers.txt").write_text(" ".join(str(i * i) for i in range(200)))
+    for part, subject in ((part, subject) for part in ("dev", "test") for subject in ("lazy_dogs", "foxes")):
+        (folder / "mmlu" / part).mkdir(parents=True, exist_ok=True)
+        lines = (f"the {subject} {i},dog,fox,{i * i},brown,{'ABCD'[i % 4]}\n" for i in range(6 - (part == "dev")))
+        (folder / "mmlu" / part / f"{subject}_{part}.csv").write_text("".join(lines))
     return SimpleNamespace(
         folder=folder,
         model=model,
@@ -166,6 +171,76 @@ def test_mixes_are_the_line_and_worse_files_are_marked(made, tmp_path):
     assert "llama.cpp&#x27;s mixes" in picture
 
 
+ASKED = {"mmlu_limit": 4, "greedy": 3, "where": 2}
+
+
+def asked(made: SimpleNamespace) -> Asked:
+    return Asked(str(made.folder / "mmlu"), **ASKED)
+
+
+def test_what_else_is_asked_is_measured_once_and_shown(made, tmp_path, monkeypatch):
+    folder, bad = RunFolder(tmp_path / "out"), tmp_path / "bad.gguf"
+    bad.write_text("no GGUF at all")
+    paths = [made.paths["F32"], bad, made.paths["Q4_0"]]
+
+    def run():
+        return files.against_original(made.model, paths, folder, text=made.text, asked=asked(made), **SETTINGS)
+
+    found = run()
+    small, full = found["files"]
+    assert [failed["label"] for failed in found["failed"]] == ["bad.gguf"]
+
+    # the original in another coat answers as it does, and no layer of it costs anything
+    score = found["asked"]["mmlu"]["original"]
+    assert (score["n"], list(score["subjects"])) == (8, ["foxes", "lazy_dogs"])
+    assert full["mmlu"]["accuracy"] == score["accuracy"] and full["mmlu"]["changed"] == 0
+    assert full["greedy"]["share"] == 1 and full["where"]["layers"]["rows"] == []
+    assert small["greedy"]["n"] == found["asked"]["greedy"]["prompts"] == 3
+    assert small["mmlu"]["efficiency"] == mmlu.efficiency(small["mmlu"]["accuracy"], small["file_bytes"])
+
+    worst = small["where"]["tokens"]
+    assert worst[0]["kld"] == pytest.approx(small["statistics"]["Maximum KLD"]) and len(worst) == 2
+    assert all(token["domain"] == ("dogs.txt", "numbers.txt")[token["chunk"] // 3] for token in worst)
+    assert [len(worst[0][top]) for top in ("original_top", "file_top")] == [5, 5]
+    layers = small["where"]["layers"]
+    assert {"blk.0", "blk.1", "blk.2", "token_embd.weight"} <= {row["name"] for row in layers["rows"]}
+    assert layers["chunks"] == 3 and layers["rows"] == sorted(layers["rows"], key=lambda row: -row["saved"])
+
+    for module in (files, original):
+        monkeypatch.setattr(module, "load_model", None)
+    monkeypatch.setattr(mmlu, "prepare", None)
+    assert run() == found  # everything is there: no model is loaded, no prompt tokenized
+
+    first, *rows = tables.answer_rows(found)
+    assert first["file"] == "original" and [row["file"] for row in rows] == ["Q4_0.gguf", "F32.gguf"]
+    assert rows[1]["same greedy, %"] == 100 and rows[1]["changed"] == 0 and first["changed"] is None
+    write_files_report(folder, found)
+    shown, page = files.summary(found, folder), (folder / "report.html").read_text()
+    for words in ("(MMLU-25)/GB", "same greedy, %", "bad.gguf", "blk.0"):
+        assert words in shown and words in page
+    picture = (folder / "layers.svg").read_text()
+    assert "lazy dogs" in page and "its worst tokens" in page and picture in page and "token_embd" in picture
+    assert str(made.folder) not in page
+    write_files_report(folder, found | {"asked": {}, "files": [], "failed": []})
+    assert not (folder / "layers.svg").exists()
+
+
+def test_what_cannot_be_asked_of_a_file_is_said(made, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("no such\nlayer")
+
+    monkeypatch.setattr(where, "cost_of_tensors", refuse)
+    folder = RunFolder(tmp_path / "out")
+    settings = {"text": made.text, "asked": Asked(where=1), **SETTINGS}
+    found = files.against_original(made.model, [made.paths["Q4_0"]], folder, **settings)
+    (entry,) = found["files"]
+    reason = "cannot be read (ValueError: no such layer)"
+    assert entry["not_measured"] == {"where": reason} and "where" not in entry and "statistics" in entry
+    assert tables.rows(found)[0]["note"] == f"no where: {reason}" and tables.answer_rows(found) == []
+    write_files_report(folder, found)
+    assert reason in (folder / "report.html").read_text()
+
+
 def entry_of(label, size, divergence, kind="file"):
     return {"label": label, "kind": kind, "tensor_bytes": size, "statistics": {"Mean KLD": divergence}}
 
@@ -212,6 +287,9 @@ def test_mistakes_are_one_line(made, tmp_path, monkeypatch):
     refused("none.gguf: no such file", tmp_path / "none.gguf")
     refused("a folder", tmp_path)
     refused("at least 1 of 16", n_ctx=8)
+    refused(
+        "no folder with dev/ and test/", asked=Asked(str(tmp_path)), text=str(tmp_path / "none.txt")
+    )  # first of all
     monkeypatch.setattr(kld.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     refused("GiB are free")
 
@@ -228,8 +306,10 @@ def test_command(made, tmp_path):
     assert (out / "report.html").exists() and (out / "frontier.svg").exists()
     shown = run(made.paths["Q4_0"]).stdout
     assert all(words in shown for words in ("Q4_0.gguf", "numbers.txt", "RMS Δp", "Cor(ln(PPL(Q)), ln(PPL(base)))"))
+    done = run(made.paths["Q4_0"], "--mmlu", made.folder / "mmlu", "--mmlu-limit", "1", "--greedy", "1", "--where", "1")
+    assert all(words in done.stdout for words in ("MMLU 95 %", "same greedy, %", "diverges most", "layers.svg"))
     (tmp_path / "text.gguf").write_text("none")
-    done = run(tmp_path / "text.gguf")
+    done = run(tmp_path / "text.gguf", "--mmlu", made.folder / "mmlu")
     assert done.exit_code == 2 and "not a GGUF" in done.stdout  # nothing could be measured
 
 
@@ -241,6 +321,11 @@ def test_command_refuses_before_any_work(made, tmp_path):
         ((made.model, made.paths["Q8_0"], "--out", run), "the folder of a run"),
         ((made.model, "--out", tmp_path / "out"), "no file to measure"),
         ((made.paths["Q8_0"], "--logits", "x", "--mixes", "--out", tmp_path / "out"), "--logits brings its own text"),
+        (
+            (made.paths["Q8_0"], "--logits", "x", "--greedy", "1", "--out", tmp_path / "out"),
+            "--mmlu, --greedy, --where",
+        ),
+        ((made.model, made.paths["Q8_0"], "--mmlu-limit", "1", "--out", tmp_path / "out"), "add --mmlu"),
     ):
         done = dynq_command("evaluate", *arguments)
         assert done.returncode == 2 and done.stdout == "" and words in done.stderr and done.stderr.count("\n") == 1

@@ -5,41 +5,30 @@ also quantizes activations, adds a little. The original's log-probabilities are 
 and so is every score, under the hash of all that it depends on: a second call with one file more measures one file.
 """
 
-import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import dynq
 from dynq import export, mixes, recipe, tokenizer
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
-from dynq.evaluate import compare, kld, logits_file, tables
+from dynq.evaluate import compare, kld, logits_file, tables, tasks
+from dynq.evaluate.kept import Kept
+from dynq.evaluate.original import Original, labels
 from dynq.folder import RunFolder, content_hash
 from dynq.imatrix import Importance, read_imatrix
 from dynq.tables import text_table
-from dynq.text import load_text, text_files
-from dynq.torch_model import load_model, load_tokenizer
+from dynq.torch_model import load_model
 
 LEAST_CONTEXT = 16  # tokens in a chunk: fewer score too few positions for an error of the mean
-
-
-@dataclass(frozen=True)
-class Text:
-    """What is read: tokens int32 ``[n_chunks, n_ctx]``, domain after domain, and how many chunks each domain has."""
-
-    description: str
-    sha256: str
-    tokens: np.ndarray
-    domains: dict[str, int]
+NOTHING_MORE = tasks.Asked()
+SHOWN = 5  # worst tokens and costliest layers that are printed
 
 
 @dataclass(frozen=True)
@@ -51,78 +40,6 @@ class Entrant:
     error: str = ""
     tensor_bytes: int = 0
     n_weights: int = 0
-
-
-class Original:
-    """The original model: its text and its log-probabilities, made when they are first needed."""
-
-    def __init__(self, checkpoint: Checkpoint, folder: RunFolder):
-        self.checkpoint = checkpoint
-        self.folder = folder
-
-    @cached_property
-    def model(self) -> Any:
-        return load_model(self.checkpoint)
-
-    def text(self, spec: str, *, n_ctx: int, n_chunks: int, seed: int) -> Text:
-        """Chunks of each text file, kept as ``text.json``. DynqError where one does not fill a single chunk."""
-        files = text_files(spec)
-        if missing := [path for path in files if not path.is_file()]:
-            raise DynqError(f"{missing[0]}: no such file (--text)")
-        about = [self.checkpoint.fingerprint, n_ctx, n_chunks, seed, *((p.name, content_hash(p)) for p in files)]
-        key = _hash(about)
-        if (self.folder / "text.json").exists():
-            kept = self.folder.read_json("text.json")
-            if kept["key"] == key:
-                return Text(kept["description"], kept["sha256"], np.array(kept["tokens"], np.int32), kept["domains"])
-        tokens_of = load_tokenizer(self.checkpoint)
-        names = dict(zip(files, _labels(files), strict=True)) if files else {"": "sampled"}
-        parts = {
-            name: load_text(
-                str(file),
-                tokens_of,
-                n_ctx=n_ctx,
-                n_chunks=n_chunks,
-                seed=seed,
-                model=None if files else self.model,
-                split="evaluate",
-            )
-            for file, name in names.items()
-        }
-        tokens = np.concatenate([part.tokens for part in parts.values()])
-        text = Text(
-            "; ".join(part.description for part in parts.values()),
-            hashlib.sha256(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes()).hexdigest(),
-            tokens,
-            {name: len(part.tokens) for name, part in parts.items()},
-        )
-        self.folder.write_json(
-            "text.json",
-            {
-                "key": key,
-                "description": text.description,
-                "sha256": text.sha256,
-                "domains": text.domains,
-                "tokens": tokens.tolist(),
-            },
-        )
-        return text
-
-    def reference(self, text: Text) -> kld.Reference:
-        """The original's log-probabilities on the text; those of another text or model give way to them."""
-        name = f"reference-{_hash([self.checkpoint.fingerprint, text.sha256])}"
-        path = self.folder / name
-        if path.with_suffix(".json").exists() and path.with_suffix(".u16").exists():
-            return kld.open_reference(path)
-        for old in self.folder.path.glob("reference-*"):
-            old.unlink()  # vocabulary x tokens x 2 bytes: by far the largest files here
-        made = kld.make_reference(self.model, text.tokens, path, desc="original")
-        self.release()
-        return made
-
-    def release(self) -> None:
-        """Give the model's memory back, before another one is loaded."""
-        self.__dict__.pop("model", None)
 
 
 def against_original(
@@ -137,6 +54,7 @@ def against_original(
     with_mixes: bool = False,
     imatrix: Path | None = None,
     write_logits: Path | None = None,
+    asked: tasks.Asked = NOTHING_MORE,
     allow_requantize: bool = False,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -145,6 +63,7 @@ def against_original(
     reference: what `open_checkpoint` takes. text: as `dynq.text.load_text` takes it; each file is a domain of its own
     with n_chunks chunks of n_ctx tokens. with_mixes: llama.cpp's mixes around each file's size are encoded as well,
     with the importance matrix if there is one. write_logits: where to write the original's logits for llama-perplexity.
+    asked: what else to measure of each file.
 
     A file that cannot be measured stands in "failed" with its reason. DynqError for what concerns all of them.
     """
@@ -152,17 +71,31 @@ def against_original(
     paths = _existing(files)
     importance = read_imatrix(imatrix) if imatrix else None
     checkpoint = open_checkpoint(reference, allow_requantize)
+    questions = _questions(asked, checkpoint)
     with folder.lock():
         original = Original(checkpoint, folder)
         read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed)
         if write_logits is not None:
             _write_logits(write_logits, original, read.tokens)
         entrants = [_entrant(label, path, checkpoint) for label, path in paths]
-        scores = _Scores(folder, _hash([checkpoint.fingerprint, read.sha256, read.domains]), read.domains)
-        entries = _measured(entrants, scores, lambda: original.reference(read))
+
+        def load(*model: Any) -> Any:
+            original.release()
+            return load_model(*model)
+
+        kept = Kept(folder)
+        bench = _Bench(
+            kept,
+            tasks.Divergence(checkpoint.fingerprint, read.sha256, read.domains),
+            lambda _: original.reference(read),
+            load,
+            questions + ([tasks.Where(asked.where, checkpoint, read)] if asked.where else []),
+            {} if all(entrant.error for entrant in entrants) else _of_original(questions, kept, original),
+        )
+        entries = _measured(entrants, bench)
         if with_mixes:
             source = content_hash(imatrix) if imatrix else ""
-            entries += _mixes(entries, original, importance, source, scores, read, threads)
+            entries += _mixes(entries, checkpoint, importance, source, bench, threads)
         about = {
             "model": {
                 "name": checkpoint.name,
@@ -173,6 +106,7 @@ def against_original(
             "text": {"description": read.description, "sha256": read.sha256, "domains": read.domains}
             | {"chunks": len(read.tokens), "n_ctx": n_ctx},
             "mixes_with_importance": importance is not None if with_mixes else None,
+            "asked": {task.name: task.describe(bench.of_original.get(task.name)) for task in bench.asked},
         }
         return about | _ranked(entries)
 
@@ -188,8 +122,13 @@ def against_logits(logits: Path, files: Sequence[Path], folder: RunFolder) -> di
     digest = content_hash(logits)
     with folder.lock():
         entrants = [_entrant(label, path, None) for label, path in paths]
-        scores = _Scores(folder, _hash([digest]), {logits.name: n_chunks})
-        entries = _measured(entrants, scores, lambda: base)
+        bench = _Bench(
+            Kept(folder),
+            tasks.Divergence(digest, digest, {logits.name: n_chunks}),
+            lambda file: base.starting_with(tokenizer.added_bos(file.metadata)),
+            load_model,
+        )
+        entries = _measured(entrants, bench)
         about = {
             "model": {"name": logits.name, "fingerprint": digest, "n_weights": None, "requantized": False},
             "text": {
@@ -200,8 +139,19 @@ def against_logits(logits: Path, files: Sequence[Path], folder: RunFolder) -> di
                 "n_ctx": n_ctx,
             },
             "mixes_with_importance": None,
+            "asked": {},
         }
         return about | _ranked(entries)
+
+
+def _questions(asked: tasks.Asked, original: Checkpoint) -> list[tasks.Task]:
+    """The tasks that need no text. DynqError for questions that cannot be read."""
+    found: list[tasks.Task] = []
+    if asked.mmlu:
+        found.append(tasks.Mmlu(asked.mmlu, asked.mmlu_limit, original))
+    if asked.greedy:
+        found.append(tasks.Greedy(asked.greedy, original))
+    return found
 
 
 def _check_context(n_ctx: int, n_chunks: int) -> None:
@@ -217,17 +167,7 @@ def _existing(files: Sequence[Path]) -> list[tuple[str, Path]]:
             raise DynqError(f"{path}: no such file")
         if path.is_dir():
             raise DynqError(f"{path}: a folder, not a GGUF file")
-    return list(zip(_labels(paths), paths, strict=True))
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """The names of files, with their folders where two have the same."""
-    seen = Counter(path.name for path in paths)
-    return [path.name if seen[path.name] == 1 else str(path) for path in paths]
-
-
-def _hash(about: Any) -> str:
-    return hashlib.sha256(json.dumps([dynq.__version__, about], sort_keys=True).encode()).hexdigest()[:16]
+    return list(zip(labels(paths), paths, strict=True))
 
 
 def _entrant(label: str, path: Path, original: Checkpoint | None) -> Entrant:
@@ -269,93 +209,95 @@ def _one_line(error: Exception, path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """Statistics, whole and by domain, kept in ``scores/`` under the hash of what they depend on."""
+class _Bench:
+    """What all files are measured with.
 
-    folder: RunFolder
-    base: str  # hash of the original and the text
-    domains: dict[str, int]
+    asked: what is measured of files beside the divergence; of_original: task name -> what the original answered.
+    base: gives what a file is measured against; load: gives a model, of other weights than the checkpoint's if there
+    are any. identity: what tells a subject's weights from others'.
+    """
 
-    def name(self, about: Any) -> str:
-        return f"scores/{_hash([self.base, about])}.json"
+    kept: Kept
+    divergence: tasks.Divergence
+    base: Callable[[Checkpoint], kld.Base]
+    load: Callable[..., Any]
+    asked: Sequence[tasks.Task] = ()
+    of_original: Mapping[str, Any] = field(default_factory=dict)
 
-    def find(self, about: Any) -> dict[str, Any] | None:
-        name = self.name(about)
-        found: dict[str, Any] | None = self.folder.read_json(name) if (self.folder / name).exists() else None
-        return found
+    def reads_text(self, identity: Any) -> bool:
+        """Whether something is still to be measured that needs `base`."""
+        reading = [task for task in (self.divergence, *self.asked) if task.reads_text]
+        return not all(self.kept.has([task.about, identity]) for task in reading)
 
-    def make(self, about: Any, model: Any, base: kld.Base, label: str) -> dict[str, Any]:
-        scores = kld.measure(model, base, desc=label)
-        if not all(np.isfinite(column).all() for column in (scores.kld, scores.nll)):
-            raise DynqError("its answers are not finite numbers somewhere in the text: the file is damaged")
-        made = {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)}
-        self.folder.write_json(self.name(about), made)
-        return made
-
-    def _by_domain(self, scores: kld.TokenScores) -> dict[str, dict[str, float]]:
-        scored, at, found = len(scores.kld) // sum(self.domains.values()), 0, {}
-        for name, chunks in self.domains.items():
-            own = slice(at, at + chunks * scored)
-            columns = {column: getattr(scores, column)[own] for column in scores.__dataclass_fields__}
-            found[name] = kld.statistics(kld.TokenScores(**columns))
-            at = own.stop
-        return found
+    def ask(self, task: tasks.Task, subject: tasks.Subject, identity: Any) -> Any:
+        original = self.of_original.get(task.name)
+        return self.kept.get([task.about, identity], lambda: task.measure(subject, original))
 
 
-def _measured(entrants: Iterable[Entrant], scores: _Scores, base: Any) -> list[dict[str, Any]]:
-    """An entry for each file: scored, or with "error". base: gives the reference, called if it is needed."""
+def _of_original(asked: Iterable[tasks.Task], kept: Kept, original: Original) -> dict[str, Any]:
+    """Task name -> what the original answers."""
+    subject = tasks.Subject("original", original.checkpoint, lambda: original.model)
+
+    def answered(task: tasks.Task) -> Any:
+        return kept.get([task.about, ["original"]], lambda: task.ask_original(subject))
+
+    return {task.name: answered(task) for task in asked if task.asks_original}
+
+
+def _measured(entrants: Iterable[Entrant], bench: _Bench) -> list[dict[str, Any]]:
+    """An entry for each file: measured, or with "error". What failed of a measured one stands in "not_measured"."""
     entries = []
     for entrant in entrants:
-        entry: dict[str, Any] = {"label": entrant.label, "kind": "file", "file_bytes": entrant.path.stat().st_size}
-        entries.append(entry)
-        if entrant.error:
-            entry["error"] = entrant.error
-            continue
-        try:
-            file = open_checkpoint(entrant.path, allow_requantize=True)
-        except DynqError as error:
-            entry["error"] = _one_line(error, entrant.path)
-            continue
-        digest = content_hash(entrant.path)
-        about = ["file", digest]
-        made = scores.find(about)
-        if made is None:
-            reference = base()
-            if isinstance(reference, logits_file.LogitsFile):
-                reference = reference.starting_with(tokenizer.added_bos(file.metadata))
-            try:
-                made = scores.make(about, load_model(file), reference, entrant.label)
-            except Exception as error:  # a damaged file may raise anything from gguf, NumPy or torch
-                entry["error"] = _one_line(error, entrant.path)
-                continue
-        size = entrant.tensor_bytes
-        entry |= {"sha256": digest, "tensor_bytes": size, "bpw": 8 * size / entrant.n_weights, **made}
+        entry = {"label": entrant.label, "kind": "file", "file_bytes": entrant.path.stat().st_size}
+        entries.append(entry | ({"error": entrant.error} if entrant.error else _measured_file(entrant, bench)))
     return entries
+
+
+def _measured_file(entrant: Entrant, bench: _Bench) -> dict[str, Any]:
+    try:
+        file = open_checkpoint(entrant.path, allow_requantize=True)
+    except DynqError as error:
+        return {"error": _one_line(error, entrant.path)}
+    subject = tasks.Subject(entrant.label, file, lambda: bench.load(file), lambda: bench.base(file))
+    identity = ["file", content_hash(entrant.path)]
+    if bench.reads_text(identity):
+        _ = subject.base  # outside of the try: no room for it on the disk is no fault of this file's
+    try:
+        found = bench.ask(bench.divergence, subject, identity)
+    except Exception as error:  # a damaged file may raise anything from gguf, NumPy or torch
+        return {"error": _one_line(error, entrant.path)}
+    size = entrant.tensor_bytes
+    entry = {"sha256": identity[1], "tensor_bytes": size, "bpw": 8 * size / entrant.n_weights, **found}
+    for task in bench.asked:
+        try:
+            entry[task.name] = bench.ask(task, subject, identity)
+        except Exception as error:
+            entry.setdefault("not_measured", {})[task.name] = _one_line(error, entrant.path)
+    return entry
 
 
 def _mixes(
     entries: Sequence[dict[str, Any]],
-    original: Original,
+    checkpoint: Checkpoint,
     importance: Importance | None,
     source: str,
-    scores: _Scores,
-    text: Text,
+    bench: _Bench,
     threads: int | None,
 ) -> list[dict[str, Any]]:
     """Entries of the mixes around the measured files, whose own entries get "mix_kld" and "kld_ratio"."""
-    checkpoint, has_importance = original.checkpoint, importance is not None
+    has_importance = importance is not None
     tensors, metadata = checkpoint.tensors, checkpoint.metadata
     measured = [entry for entry in entries if "statistics" in entry]
     around = [mixes.neighbours(entry["tensor_bytes"], tensors, metadata, has_importance) for entry in measured]
-    made: dict[str, dict[str, Any]] = {}
+    made = {}
     for label in dict.fromkeys(name for pair in around for name in pair[:2]):
         chosen = mixes.mix(label, tensors, metadata, has_importance)
-        about = ["mix", chosen, source]
-        found = scores.find(about)
-        if found is None:
-            reference = original.reference(text)
-            weights = export.simulate(checkpoint, chosen, importance, threads=threads)
-            found = scores.make(about, load_model(checkpoint, weights), reference, label)
+
+        def load(chosen: dict[str, str] = chosen) -> Any:
+            return bench.load(checkpoint, export.simulate(checkpoint, chosen, importance, threads=threads))
+
+        subject = tasks.Subject(label, checkpoint, load, lambda: bench.base(checkpoint))
+        found = bench.ask(bench.divergence, subject, ["mix", chosen, source])
         size = compare.stored_bytes(chosen, tensors)
         bpw = 8 * size / checkpoint.n_weights
         made[label] = {"label": label, "kind": "mix", "file_bytes": None, "tensor_bytes": size, "bpw": bpw, **found}
@@ -400,6 +342,11 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     parts = [f"{evaluation['model']['name']}: {text['description']}", text_table(tables.rows(evaluation))]
     if domains := tables.domain_rows(evaluation):
         parts.append(text_table(domains))
+    if answers := tables.answer_rows(evaluation):
+        parts.append(text_table(answers))
+    for entry in evaluation["files"]:
+        if "where" in entry:
+            parts += _hurts(entry)
     if statistics := tables.statistic_rows(evaluation):
         width, labels = shutil.get_terminal_size((120, 40)).columns, list(statistics[0])[1:]
         first = max(len(row["statistic"]) for row in statistics)
@@ -410,5 +357,24 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
                 count += used <= width
             own, labels = labels[: max(1, count)], labels[max(1, count) :]
             parts.append(text_table([{key: row[key] for key in ("statistic", *own)} for row in statistics]))
-    parts.append(f"{folder.path}: evaluation.json, report.html, frontier.svg")
+    pictures = ", ".join(name for name in ("frontier.svg", "layers.svg") if (folder / name).exists())
+    parts.append(f"{folder.path}: evaluation.json, report.html, {pictures}".rstrip(", "))
     return "\n\n".join(parts)
+
+
+def _hurts(entry: Mapping[str, Any]) -> list[str]:
+    """The first few of a file's worst tokens and costliest layers; the report has all."""
+    worst = [
+        {"KLD": token["kld"], "before": "…" + " ".join(token["before"].split())[-32:]}
+        | {who: _likeliest(token, who) for who in ("original", "file")}
+        for token in entry["where"]["tokens"][:SHOWN]
+    ]
+    parts = [f"{entry['label']}: where it diverges most\n{text_table(worst)}"]
+    if layers := tables.layer_rows(entry["where"])[:SHOWN]:
+        parts.append(f"{tables.layers_title(entry)}\n{text_table(layers)}")
+    return parts
+
+
+def _likeliest(token: Mapping[str, Any], who: str) -> str:
+    guess = token[f"{who}_top"][0]
+    return f"{json.dumps(guess['text'], ensure_ascii=False)} {100 * guess[who]:.1f} %"

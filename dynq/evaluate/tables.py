@@ -1,6 +1,7 @@
-"""The rows of an evaluation of files: one table for a reader, one with every statistic, one by domain."""
+"""The rows of an evaluation of files: one table for a reader, one with every statistic, and what else was asked."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PERCENT = ("Δp", "Same top p", "Cor(")  # what llama-perplexity prints in percent
@@ -25,7 +26,9 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         if with_mixes:
             row["/ mixes"] = entry.get("kld_ratio")
-        found.append(row | {"note": f"dominated by {entry['dominated_by']}" if entry.get("dominated_by") else None})
+        notes = [f"dominated by {entry['dominated_by']}"] if entry.get("dominated_by") else []
+        notes += [f"no {task}: {reason}" for task, reason in entry.get("not_measured", {}).items()]
+        found.append(row | {"note": "; ".join(notes) or None})
     empty = dict.fromkeys(found[0] if found else ("file", "note"))
     found += [empty | {"file": failed["label"], "note": failed["error"]} for failed in evaluation["failed"]]
     return found
@@ -71,3 +74,110 @@ def _shown(statistics: Mapping[str, float], name: str) -> str:
     error = statistics.get(f"{name} ±")
     tail = "" if error is None else f" ± {factor * error:.{digits}f}"
     return f"{factor * statistics[name]:.{digits}f}{tail}" + (" %" if percent else "")
+
+
+# --- what was asked beside it -----------------------------------------------------------------------------------------
+
+
+def answer_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """MMLU and greedy answers, the original's first; none where neither was asked. Flips count against the original."""
+    asked = evaluation["asked"]
+    rows: list[dict[str, Any]] = []
+    if "mmlu" in asked and asked["mmlu"]["original"]:
+        rows.append({"file": "original"} | _mmlu_cells(asked["mmlu"]["original"]))
+    for entry in evaluation["files"]:
+        if entry["kind"] == "file" and (mine := {"mmlu", "greedy"} & entry.keys()):
+            rows.append(
+                {"file": entry["label"]}
+                | (_mmlu_cells(entry["mmlu"]) if "mmlu" in mine else {})
+                | (_greedy_cells(entry["greedy"]) if "greedy" in mine else {})
+            )
+    keys = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
+    return [dict.fromkeys(keys) | row for row in rows]
+
+
+def _mmlu_cells(score: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "MMLU, %": 100 * score["accuracy"],
+        "MMLU 95 %": _interval(score),
+        "right→wrong": score.get("correct_to_wrong"),
+        "wrong→right": score.get("wrong_to_correct"),
+        "changed": score.get("changed"),
+        "(MMLU-25)/GB": score.get("efficiency"),
+    }
+
+
+def _greedy_cells(parted: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "same greedy, %": 100 * parted["share"],
+        "greedy 95 %": _interval(parted),
+        "part after": parted["median"],
+    }
+
+
+def _interval(share: Mapping[str, Any]) -> str:
+    return f"{100 * share['low']:.1f} to {100 * share['high']:.1f}"
+
+
+def subject_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """MMLU in percent by subject: the original, then a column for each file, with flips both ways."""
+    measured = [entry for entry in evaluation["files"] if "mmlu" in entry]
+    if not measured:
+        return []
+    original = evaluation["asked"]["mmlu"]["original"]["subjects"]
+    rows = []
+    for name, score in original.items():
+        row: dict[str, Any] = {"subject": name.replace("_", " "), "questions": score["n"]}
+        row |= {"original, %": 100 * score["accuracy"], "95 %": _interval(score)}
+        for entry in measured:
+            own = entry["mmlu"]["subjects"][name]
+            row[f"{entry['label']}, %"] = 100 * own["accuracy"]
+            row[f"{entry['label']}, flips"] = f"-{own['correct_to_wrong']} +{own['wrong_to_correct']}"
+        rows.append(row)
+    return rows
+
+
+def worst_rows(where: Mapping[str, Any], with_domain: bool = False) -> list[dict[str, Any]]:
+    """The tokens that a file predicts worst, the worst first, in context and with both models' most likely tokens."""
+    return [
+        {"KLD": token["kld"]}
+        | ({"domain": token["domain"]} if with_domain else {})
+        | {
+            "text before": "… " + " ".join(token["before"].split()),
+            "followed by": _guesses([token["followed"]]),
+            "original's most likely": _guesses(token["original_top"]),
+            "file's most likely": _guesses(token["file_top"]),
+        }
+        for token in where["tokens"]
+    ]
+
+
+def _guesses(guesses: Sequence[Mapping[str, Any]]) -> str:
+    """Tokens with their probability in percent, in the original and in the file."""
+    return ", ".join(
+        f"{json.dumps(guess['text'], ensure_ascii=False)} {100 * guess['original']:.3g} → {100 * guess['file']:.3g}"
+        for guess in guesses
+    )
+
+
+def layers_title(entry: Mapping[str, Any]) -> str:
+    """What `layer_rows` shows: the chunks are fewer than those of the other tables."""
+    layers = entry["where"]["layers"]
+    chunks = f"{layers['chunks']} chunk" + "s" * (layers["chunks"] > 1)
+    return f"{entry['label']}: one layer in full precision; the file's KLD on the same {chunks}: {layers['kld']:.4g}"
+
+
+def layer_rows(where: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What restoring each layer to full precision saves, the most first."""
+    return [
+        {
+            "restored": row["name"],
+            "formats": row["formats"],
+            "bytes": row["bytes"],
+            "KLD then": row["kld"],
+            "saved": row["saved"],
+            "±": row["saved_error"],
+            "saved, %": 100 * row["saved"] / max(where["layers"]["kld"], 1e-12),
+        }
+        for row in where["layers"]["rows"]
+    ]

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from conftest import ARGUMENTS, PARAMETERS, TARGET, dynq_command, same_products
 from nbclient import NotebookClient
 
@@ -94,8 +95,20 @@ def test_report_stands_alone(quick_run):
     parser.feed(report.read_text())
     assert parser.links == []
     assert parser.tables >= 3
-    card = (quick_run[0] / "model-card.md").read_text()
-    assert "| 3.5bpw.gguf |" in card and "None" not in card
+
+
+def test_model_card_is_ready_for_the_hub(quick_run):
+    folder, _ = quick_run
+    _, front, card = (folder / "model-card.md").read_text().split("---\n", 2)
+    assert {"gguf", "quantized"} <= set(yaml.safe_load(front)["tags"]) and "language" not in front
+    assert "| 3.5bpw.gguf |" in card and "None" not in card and str(folder) not in card
+    target = json.loads((folder / "evaluation.json").read_text())["targets"][0]
+    (tag,) = set(re.findall(r"llama-cli -hf USER/REPO:(\S+)", card))
+    assert tag in (target["below"], target["above"]) and f"| dynq-tiny-3.5bpw-{tag}.gguf | {tag} |" in card
+    for words in (f"ollama run hf.co/USER/REPO:{tag}", "FROM ./3.5bpw.gguf", "lms import 3.5bpw.gguf", "| ffn_down | 12 |"):
+        assert words in card
+    assert json.loads((folder / "calibrate-text.json").read_text())["sha256"] in card
+    assert "\n\n\n" not in card
 
 
 def test_live_notebooks_make_the_same_files(quick_run, tmp_path):
