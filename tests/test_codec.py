@@ -209,7 +209,8 @@ def test_weighted_error_by_hand():
     [
         (lambda w: codec.quantize(w[:, :200], "Q4_K"), r"200.*256"),
         (lambda w: codec.quantize(w, "Q4_X"), "Q4_X"),
-        (lambda w: codec.quantize(np.float32(1), "F32"), "scalar"),
+        (lambda w: codec.quantize(np.float32(1), "F32"), r"shape \(\)"),
+        (lambda w: codec.quantize(w[:, :0], "F32"), r"shape \(4, 0\)"),
         (lambda w: codec.quantize(np.where(np.arange(256) == 9, np.nan, w), "Q4_K"), r"\(0, 9\).*nan"),
         (lambda w: codec.quantize(np.where(np.arange(4)[:, None] == 2, np.inf, w), "F16"), r"\(2, 0\).*inf"),
         (lambda w: codec.quantize(w, "IQ2_S"), "IQ2_S.*without importance"),

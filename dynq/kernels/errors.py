@@ -1,4 +1,6 @@
-"""Error metrics, summed in float64."""
+"""Error metrics, in float64: numba's `float` of a float32 is a float32, hence np.float64."""
+
+import numpy as np
 
 from dynq.kernels._jit import kernel
 
@@ -13,16 +15,16 @@ def weighted_error(weights, decoded, importance, out):
     for r in range(rows):
         a, b, c, e = 0.0, 0.0, 0.0, 0.0
         for j in range(0, n - 3, 4):
-            p = float(weights[r, j]) - float(decoded[r, j])
-            q = float(weights[r, j + 1]) - float(decoded[r, j + 1])
-            s = float(weights[r, j + 2]) - float(decoded[r, j + 2])
-            t = float(weights[r, j + 3]) - float(decoded[r, j + 3])
+            p = np.float64(weights[r, j]) - np.float64(decoded[r, j])
+            q = np.float64(weights[r, j + 1]) - np.float64(decoded[r, j + 1])
+            s = np.float64(weights[r, j + 2]) - np.float64(decoded[r, j + 2])
+            t = np.float64(weights[r, j + 3]) - np.float64(decoded[r, j + 3])
             a += importance[j] * p * p
             b += importance[j + 1] * q * q
             c += importance[j + 2] * s * s
             e += importance[j + 3] * t * t
         for j in range(n - n % 4, n):
-            p = float(weights[r, j]) - float(decoded[r, j])
+            p = np.float64(weights[r, j]) - np.float64(decoded[r, j])
             a += importance[j] * p * p
         out[r] = (a + b) + (c + e)
 
@@ -37,6 +39,6 @@ def block_errors(x, w, decoded, out):
     for b in range(x.shape[0]):
         total = 0.0
         for i in range(x.shape[1]):
-            miss = float(x[b, i]) - float(decoded[b, i])
-            total += float(w[b % per_row, i]) * miss * miss
+            miss = np.float64(x[b, i]) - np.float64(decoded[b, i])
+            total += np.float64(w[b % per_row, i]) * miss * miss
         out[b] = total
