@@ -42,11 +42,14 @@ def load(x, w, first, sub, X, W, unit):
         exponent = min(np.uint32(largest >> np.uint32(23)), np.uint32(253))
         scale = np.uint32((np.uint32(254) - exponent) << np.uint32(23)).view(np.float32)
         unit[g] = scale
-        column = b % per_row
         for s in range(width // sub):
             for i in range(sub):
                 X[i, s * group + g] = x[b, s * sub + i] * scale
-                W[i, s * group + g] = w[column, s * sub + i]
+        if per_row > 1 or first == 0:  # where a row is one block W stays as it is
+            column = b % per_row
+            for s in range(width // sub):
+                for i in range(sub):
+                    W[i, s * group + g] = w[column, s * sub + i]
 
 
 @kernel
