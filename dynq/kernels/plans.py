@@ -75,7 +75,8 @@ _SEARCH = {name: plan if name == "Q8_0" else _wider(plan) for name, plan in PLAN
 # with least squares; Q3_K errs no more with four tries than with twelve.
 _UNWEIGHTED = {
     "plain": {"Q3_K": replace(PLANS["Q3_K"], tries=_spread(3.3, 4.8, 4), rounds=1, deltas=_DELTAS[::2])},
-    "search": {n: replace(p, tries=p.tries[6:7], moves=_NONE, rounds=0) for n, p in PLANS.items() if p.width == 32},
+    "search": {n: replace(p, tries=p.tries[6:7], moves=_NONE, rounds=0) for n, p in PLANS.items() if p.width == 32}
+    | {"Q3_K": PLANS["Q3_K"]},
 }
 
 
