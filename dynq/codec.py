@@ -63,7 +63,7 @@ def quantize(
         _check_finite(rows, part, weights.shape)
         encode(rows[part], out[part])
 
-    _spread(work, rows.shape, threads)
+    spread(work, len(rows), max(1, CHUNK // n), threads)
     return out.reshape(*weights.shape[:-1], size)
 
 
@@ -104,7 +104,7 @@ def dequantize(data: np.ndarray, fmt: str, *, threads: int | None = None) -> np.
     rows = np.ascontiguousarray(data).reshape(-1, size)
     out = np.empty((rows.shape[0], n), F)
     decode = _decoder(fmt)
-    _spread(lambda part: decode(rows[part], out[part]), out.shape, threads)
+    spread(lambda part: decode(rows[part], out[part]), len(rows), max(1, CHUNK // n), threads)
     return out.reshape(*data.shape[:-1], n)
 
 
@@ -168,10 +168,8 @@ def _check_finite(rows: np.ndarray, part: slice, shape: tuple[int, ...]) -> None
         raise DynqError(f"weight {where} of {shape} is {rows.ravel()[flat]}; only finite weights can be encoded")
 
 
-def _spread(work: Callable[[slice], None], shape: tuple[int, ...], threads: int | None) -> None:
-    """Call `work` for runs of rows of about CHUNK weights, on `threads` threads; raise the first error."""
-    rows, n = shape
-    step = max(1, CHUNK // max(n, 1))
+def spread(work: Callable[[slice], None], rows: int, step: int, threads: int | None) -> None:
+    """Call `work` for runs of `step` rows, on `threads` threads (None: all cores); raise the first error."""
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     workers = min(len(parts), threads or _cores())
     if workers <= 1:

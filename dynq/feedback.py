@@ -17,7 +17,6 @@ the fit would lose. Where none serves, the tensor is encoded plainly.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -237,15 +236,8 @@ def _feedback(
     metric = Metric.of(shrunk(h, shrinkage), form.group)
     out = np.empty((rows, formats.row_bytes(form.name, n)), np.uint8)
 
-    def work(first: int) -> None:
-        part = slice(first, first + ROWS)
+    def work(part: slice) -> None:
         out[part] = encode_rows(weights[part], form, metric)
 
-    starts = range(0, rows, ROWS)
-    if threads == 1 or len(starts) == 1:
-        for first in starts:
-            work(first)
-    else:
-        with ThreadPoolExecutor(threads or codec._cores()) as pool:
-            list(pool.map(work, starts))
+    codec.spread(work, rows, ROWS, threads)
     return out

@@ -36,6 +36,19 @@ def single(bits):
     return U(np.float32(magnitude).view(U) | U(U(h & U(0x8000)) << U(16))).view(np.float32)
 
 
+@kernel
+def put_half(bits, out, b, at):
+    """Write the bits of a half float into bytes `at` and `at` + 1 of block b, the low byte first."""
+    out[b, at] = np.uint8(bits)
+    out[b, at + 1] = np.uint8(bits >> 8)
+
+
+@kernel
+def get_half(data, b, at, half):
+    """The float32 of the half float at byte `at` of block b; `half` is half_table()."""
+    return half[np.uint32(data[b, at]) | (np.uint32(data[b, at + 1]) << np.uint32(8))]
+
+
 @once
 def half_table() -> np.ndarray:
     """The float32 of each half float, by its bits: float32 [65536]."""

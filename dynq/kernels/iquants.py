@@ -23,15 +23,9 @@ import numpy as np
 
 from dynq.kernels._jit import kernel
 from dynq.kernels._once import once
-from dynq.kernels.floats import half_table
+from dynq.kernels.floats import half_table, put_half
 from dynq.kernels.grids import entry_at, grid, neighbours, plan_of
 from dynq.kernels.lattice import fit
-
-
-@kernel
-def _put_half(bits, out, b):
-    out[b, 0] = np.uint8(bits)
-    out[b, 1] = np.uint8(bits >> 8)
 
 
 @kernel
@@ -80,7 +74,7 @@ def _get_levels(data, b, at, levels):
 def pack_iq2_xxs(entries, signs, levels, d, out):
     """What lattice.fit gives to blocks uint8 [blocks, 66]."""
     for b in range(out.shape[0]):
-        _put_half(d[b], out, b)
+        put_half(d[b], out, b, 0)
         for s in range(8):
             for k in range(4):
                 out[b, 2 + 8 * s + k] = np.uint8(entries[b, 4 * s + k])
@@ -101,7 +95,7 @@ def unpack_iq2_xxs(data, entries, signs, levels):
 def pack_iq2_xs(entries, signs, levels, d, out):
     """As pack_iq2_xxs: [blocks, 74]."""
     for b in range(out.shape[0]):
-        _put_half(d[b], out, b)
+        put_half(d[b], out, b, 0)
         for k in range(32):
             out[b, 2 + 2 * k] = np.uint8(entries[b, k])
             out[b, 3 + 2 * k] = np.uint8((entries[b, k] >> 8) | (signs[b, k] << 1))
@@ -123,7 +117,7 @@ def unpack_iq2_xs(data, entries, signs, levels):
 def pack_iq2_s(entries, signs, levels, d, out):
     """As pack_iq2_xxs: [blocks, 82]."""
     for b in range(out.shape[0]):
-        _put_half(d[b], out, b)
+        put_half(d[b], out, b, 0)
         for k in range(32):
             out[b, 2 + k] = np.uint8(entries[b, k])
             out[b, 34 + k] = signs[b, k]
@@ -153,7 +147,7 @@ def unpack_iq2_s(data, entries, signs, levels):
 def pack_iq3_xxs(entries, signs, levels, d, out):
     """As pack_iq2_xxs: [blocks, 98]."""
     for b in range(out.shape[0]):
-        _put_half(d[b], out, b)
+        put_half(d[b], out, b, 0)
         for k in range(64):
             out[b, 2 + k] = np.uint8(entries[b, k])
         for s in range(8):
@@ -174,7 +168,7 @@ def unpack_iq3_xxs(data, entries, signs, levels):
 def pack_iq3_s(entries, signs, levels, d, out):
     """As pack_iq2_xxs: [blocks, 110]."""
     for b in range(out.shape[0]):
-        _put_half(d[b], out, b)
+        put_half(d[b], out, b, 0)
         for k in range(64):
             out[b, 2 + k] = np.uint8(entries[b, k])
         for k in range(8):

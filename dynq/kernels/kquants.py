@@ -44,7 +44,7 @@ from dynq.kernels.fit import (
     search_symmetric,
     stored,
 )
-from dynq.kernels.floats import half, half_table
+from dynq.kernels.floats import get_half, half, half_table, put_half
 from dynq.kernels.plans import Plan, pairs, plan_of
 
 GROUP = 8  # super-blocks side by side: x and importance then take 16 KiB, half of a small L1 cache
@@ -269,17 +269,6 @@ def fit_symmetric(x, w, low, high, bottom, top, tries, moves, rounds, deltas, co
 
 
 @kernel
-def _put_half(bits, out, b, at):
-    out[b, at] = np.uint8(bits)
-    out[b, at + 1] = np.uint8(bits >> 8)
-
-
-@kernel
-def _get_half(data, b, at, half):
-    return half[np.uint32(data[b, at]) | (np.uint32(data[b, at + 1]) << np.uint32(8))]
-
-
-@kernel
 def pack_q2_k(codes, scales, mins, d, dmin, out):
     """codes uint8 [blocks, 256] in 0..3; scales, mins uint8 [blocks, 16] in 0..15; d, dmin uint16; out [blocks, 84]."""
     for b in range(codes.shape[0]):
@@ -290,8 +279,8 @@ def pack_q2_k(codes, scales, mins, d, dmin, out):
                 c = 128 * h + k
                 upper = (codes[b, c + 64] << 4) | (codes[b, c + 96] << 6)
                 out[b, 16 + 32 * h + k] = np.uint8(codes[b, c] | (codes[b, c + 32] << 2) | upper)
-        _put_half(d[b], out, b, 80)
-        _put_half(dmin[b], out, b, 82)
+        put_half(d[b], out, b, 80)
+        put_half(dmin[b], out, b, 82)
 
 
 @kernel
@@ -315,15 +304,15 @@ def pack_q3_k(codes, scales, d, out):
             for i in range(4):
                 bits |= np.uint8(((scales[b, 4 * i + j] + 32) >> 4) << (2 * i))
             out[b, 104 + j] = bits
-        _put_half(d[b], out, b, 108)
+        put_half(d[b], out, b, 108)
 
 
 @kernel
 def pack_q45_k(codes, scales, mins, d, dmin, five, out):
     """codes uint8 [blocks, 256]; scales, mins uint8 [blocks, 8] in 0..63; out [blocks, 144], or 176 with fifth bits."""
     for b in range(codes.shape[0]):
-        _put_half(d[b], out, b, 0)
-        _put_half(dmin[b], out, b, 2)
+        put_half(d[b], out, b, 0)
+        put_half(dmin[b], out, b, 2)
         for j in range(4):
             out[b, 4 + j] = np.uint8(scales[b, j] | ((scales[b, j + 4] >> 4) << 6))
             out[b, 8 + j] = np.uint8(mins[b, j] | ((mins[b, j + 4] >> 4) << 6))
@@ -356,7 +345,7 @@ def pack_q6_k(codes, scales, d, out):
                 out[b, 128 + 32 * h + k] = np.uint8((codes[b, c] >> 4) | ((codes[b, c + 32] >> 4) << 2) | upper)
         for s in range(16):
             out[b, 192 + s] = np.uint8(scales[b, s])
-        _put_half(d[b], out, b, 208)
+        put_half(d[b], out, b, 208)
 
 
 @kernel
@@ -369,7 +358,7 @@ def decode_q2_k(data, half, out):
     codes = np.empty(256, np.uint8)
     n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
-        d, dmin = _get_half(data, b, 80, half), _get_half(data, b, 82, half)
+        d, dmin = get_half(data, b, 80, half), get_half(data, b, 82, half)
         for c in (0, 128):
             at = 16 + c // 4
             for k in range(n):
@@ -391,7 +380,7 @@ def decode_q3_k(data, half, out):
     codes = np.empty(256, np.uint8)
     n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
-        d = _get_half(data, b, 108, half)
+        d = get_half(data, b, 108, half)
         for h in range(2):
             at, c = 32 + 32 * h, 128 * h
             for k in range(n):
@@ -414,7 +403,7 @@ def decode_q45_k(data, half, five, out):
     """As decode_q2_k, for Q4_K, or for Q5_K where `five`."""
     start = 48 if five else 16
     for b in range(data.shape[0]):
-        d, dmin = _get_half(data, b, 0, half), _get_half(data, b, 2, half)
+        d, dmin = get_half(data, b, 0, half), get_half(data, b, 2, half)
         for s in range(8):
             if s < 4:
                 scale, minimum = data[b, 4 + s] & 63, data[b, 8 + s] & 63
@@ -440,7 +429,7 @@ def decode_q6_k(data, half, out):
     codes = np.empty(256, np.uint8)
     n, sub = out.shape[1] // 8, out.shape[1] // 16
     for b in range(data.shape[0]):
-        d = _get_half(data, b, 208, half)
+        d = get_half(data, b, 208, half)
         for h in range(2):
             low, at, c = 64 * h, 128 + 32 * h, 128 * h
             for k in range(n):

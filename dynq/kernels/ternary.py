@@ -27,7 +27,7 @@ import numpy as np
 
 from dynq.kernels._jit import kernel
 from dynq.kernels.fit import ONE, ZERO
-from dynq.kernels.floats import half, half_table, single
+from dynq.kernels.floats import get_half, half, half_table, single
 from dynq.kernels.legacy import fit_block_symmetric
 from dynq.kernels.plans import Plan, pairs
 
@@ -253,18 +253,13 @@ def pack_codes_q2_0(codes, out):
 
 
 @kernel
-def _get_half(data, b, at, half):
-    return half[np.uint32(data[b, at]) | (np.uint32(data[b, at + 1]) << np.uint32(8))]
-
-
-@kernel
 def decode_tq1_0(data, half, out):
     """Blocks uint8 [blocks, 54] to float32 [blocks, 256]; `half` is the float32 of every half float, by its bits.
 
     The three stretches are written out because only literal bounds let the loops over bytes vectorise.
     """
     for b in range(data.shape[0]):
-        scale = _get_half(data, b, 52, half)
+        scale = get_half(data, b, 52, half)
         for k in range(32):
             rest = np.uint32(data[b, k])
             for t in range(5):
@@ -289,7 +284,7 @@ def decode_tq1_0(data, half, out):
 def decode_tq2_0(data, half, out):
     """As decode_tq1_0, for TQ2_0."""
     for b in range(data.shape[0]):
-        scale = _get_half(data, b, 64, half)
+        scale = get_half(data, b, 64, half)
         for h in range(2):
             for k in range(32):
                 rest = np.int32(data[b, 32 * h + k])
@@ -302,7 +297,7 @@ def decode_tq2_0(data, half, out):
 def decode_q1_0(data, half, out):
     """As decode_tq1_0, for Q1_0: float32 [blocks, 128]."""
     for b in range(data.shape[0]):
-        scale = _get_half(data, b, 0, half)
+        scale = get_half(data, b, 0, half)
         for byte in range(16):
             for k in range(8):
                 bit = np.uint8(data[b, 2 + byte] >> np.uint8(k)) & np.uint8(1)
@@ -313,7 +308,7 @@ def decode_q1_0(data, half, out):
 def decode_q2_0(data, half, out):
     """As decode_tq1_0, for Q2_0: float32 [blocks, 64]."""
     for b in range(data.shape[0]):
-        scale = _get_half(data, b, 0, half)
+        scale = get_half(data, b, 0, half)
         for k in range(16):
             for t in range(4):
                 code = np.int32(np.uint8(data[b, 2 + k] >> np.uint8(2 * t)) & np.uint8(3))

@@ -5,6 +5,8 @@ Arrays are [groups, weights]. Here a table of thresholds finds the nearest code,
 
 import numpy as np
 
+from dynq.reference.scalar import _sum
+
 F = np.float32
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], F)
 E2M1 = np.concatenate([VALUES, -VALUES])
@@ -95,8 +97,3 @@ def _codes(sizes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def _values(name: str) -> np.ndarray:
     return E8M0 if name == "MXFP4" else UE4M3[:127]
-
-
-def _sum(terms: np.ndarray) -> np.ndarray:
-    """Sum over the last axis from first to last, as the kernels do (np.sum adds in pairs)."""
-    return np.cumsum(terms, axis=-1, dtype=F)[..., -1]
