@@ -160,6 +160,8 @@ Examples:
 
   dynq evaluate Qwen/Qwen3-0.6B mine.gguf --mmlu cais/mmlu --mmlu-limit 20 --greedy 50 --where 20 --out compared
 
+  dynq evaluate model-f16.gguf mine.gguf --text wiki.txt --engine llama.cpp --out compared
+
   dynq evaluate --logits base.logits mine.gguf theirs.gguf --out compared
 
 The original's log-probabilities and every result are kept in the folder: a second call measures only what is new.
@@ -194,6 +196,9 @@ def evaluate(
     where: Annotated[
         int, typer.Option(min=0, help="Show so many of the worst tokens, and which layers cost most.")
     ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="torch, or llama.cpp: run the files there as well, in columns of their own.")
+    ] = "torch",
     logits: Annotated[
         Path | None, typer.Option(help="A file of llama-perplexity's (--kl-divergence-base) as the original.")
     ] = None,
@@ -222,6 +227,9 @@ def evaluate(
         raise DynqError("--imatrix is for the mixes; add --mixes")
     if mmlu_limit is not None and not mmlu:
         raise DynqError("--mmlu-limit is for MMLU; add --mmlu")
+    if engine not in ("torch", "llama.cpp"):
+        raise DynqError(f"--engine {engine}: there are torch and llama.cpp")
+    in_engine = engine == "llama.cpp"
     paths = [Path(name).expanduser() for name in (files if logits else files[1:])]
     if not paths:
         raise DynqError("no file to measure; give the original and then one or more GGUF files")
@@ -233,7 +241,7 @@ def evaluate(
     measure.set_threads(threads)
     try:
         if logits is not None:
-            evaluation = measure.against_logits(logits.expanduser(), paths, folder)
+            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine)
         else:
             evaluation = measure.against_original(
                 files[0],
@@ -246,7 +254,7 @@ def evaluate(
                 with_mixes=mixes,
                 imatrix=imatrix,
                 write_logits=write_logits,
-                asked=Asked(mmlu or "", mmlu_limit, greedy, where),
+                asked=Asked(mmlu or "", mmlu_limit, greedy, where, in_engine),
                 allow_requantize=allow_requantize,
                 threads=threads,
             )

@@ -1,8 +1,9 @@
 """Any GGUF files beside each other, whoever made them: each against the original, on the same text.
 
 A file is decoded tensor by tensor and run in torch, so what is measured is what its weights lost; llama.cpp, which
-also quantizes activations, adds a little. The original's log-probabilities are computed once and kept in the folder,
-and so is every score, under the hash of all that it depends on: a second call with one file more measures one file.
+also quantizes activations, adds a little: on demand the file runs there as well. The original's log-probabilities are
+computed once and kept in the folder, and so is every score, under the hash of all that it depends on: a second call
+with one file more measures one file.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynq import export, mixes, recipe, tokenizer
+from dynq import export, libllama, mixes, recipe, tokenizer
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import compare, kld, logits_file, tables, tasks
@@ -70,6 +71,7 @@ def against_original(
     _check_context(n_ctx, n_chunks)
     paths = _existing(files)
     importance = read_imatrix(imatrix) if imatrix else None
+    library = libllama.find() if asked.engine else None
     checkpoint = open_checkpoint(reference, allow_requantize)
     questions = _questions(asked, checkpoint)
     with folder.lock():
@@ -84,12 +86,15 @@ def against_original(
             return load_model(*model)
 
         kept = Kept(folder)
+        what = checkpoint.fingerprint, read.sha256, read.domains
         bench = _Bench(
             kept,
-            tasks.Divergence(checkpoint.fingerprint, read.sha256, read.domains),
+            tasks.Divergence(*what),
             lambda _: original.reference(read),
             load,
-            questions + ([tasks.Where(asked.where, checkpoint, read)] if asked.where else []),
+            questions
+            + ([tasks.Where(asked.where, checkpoint, read)] if asked.where else [])
+            + ([tasks.InEngine(library, *what)] if library else []),
             {} if all(entrant.error for entrant in entrants) else _of_original(questions, kept, original),
         )
         entries = _measured(entrants, bench)
@@ -111,22 +116,28 @@ def against_original(
         return about | _ranked(entries)
 
 
-def against_logits(logits: Path, files: Sequence[Path], folder: RunFolder) -> dict[str, Any]:
+def against_logits(
+    logits: Path, files: Sequence[Path], folder: RunFolder, *, in_engine: bool = False
+) -> dict[str, Any]:
     """Measure GGUF files against a logits file of llama-perplexity: its tokens, its chunks, its 16 nats.
 
-    Returns what ``evaluation.json`` holds; errors as in `against_original`.
+    in_engine: run the files in llama.cpp as well. Returns what ``evaluation.json`` holds; errors as in
+    `against_original`.
     """
     paths = _existing(files)
+    library = libllama.find() if in_engine else None
     base = logits_file.read(logits)
     n_chunks, n_ctx = base.tokens.shape
     digest = content_hash(logits)
+    what = digest, digest, {logits.name: n_chunks}
     with folder.lock():
         entrants = [_entrant(label, path, None) for label, path in paths]
         bench = _Bench(
             Kept(folder),
-            tasks.Divergence(digest, digest, {logits.name: n_chunks}),
+            tasks.Divergence(*what),
             lambda file: base.starting_with(tokenizer.added_bos(file.metadata)),
             load_model,
+            [tasks.InEngine(library, *what)] if library else [],
         )
         entries = _measured(entrants, bench)
         about = {
@@ -139,7 +150,7 @@ def against_logits(logits: Path, files: Sequence[Path], folder: RunFolder) -> di
                 "n_ctx": n_ctx,
             },
             "mixes_with_importance": None,
-            "asked": {},
+            "asked": {task.name: task.describe(None) for task in bench.asked},
         }
         return about | _ranked(entries)
 

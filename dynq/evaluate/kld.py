@@ -8,7 +8,7 @@ position over 150,000 tokens still shows a divergence of 7e-5 from itself.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,11 @@ def _forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
     ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
     # logits_to_keep spares the head the positions that are not scored
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
-    logits = logits[:, :-1].float()
+    return log_softmax(logits[:, :-1].float())
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities float32 of logits float32, along the last axis."""
     return _normalised(logits - logits.amax(-1, keepdim=True))
 
 
@@ -167,7 +171,6 @@ class TokenScores:
     same_top: np.ndarray
 
 
-@torch.inference_mode()
 def measure(
     model: Any, reference: Base, *, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
 ) -> TokenScores:
@@ -180,26 +183,30 @@ def measure(
             f"the model has {model.config.get_text_config().vocab_size} tokens in its vocabulary, the reference "
             f"{reference.n_vocab}: not the same model"
         )
+    log_q = log_probabilities(model, reference.tokens[:chunks], reference.first, batch=batch, desc=desc)
+    return score(log_q, reference)
+
+
+@torch.inference_mode()
+def score(log_probs: Iterable[torch.Tensor], reference: Base) -> TokenScores:
+    """Scores of log-probabilities float32 ``[scored, n_vocab]``, one for each of the reference's first chunks."""
     columns: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores)}
-    total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
-    for span in _batches(total, batch, desc):
-        log_q = _forward(model, reference.tokens[span.start : span.stop], reference.first)
-        for chunk, lq in zip(span, log_q, strict=True):
-            lp = reference.log_probs(chunk, lq.device)
-            target = torch.from_numpy(reference.tokens[chunk, reference.first + 1 :].astype(np.int64)).to(lq.device)
-            nll, nll_base = (-x.gather(-1, target[:, None])[:, 0].double() for x in (lq, lp))
-            terms = lp.exp() * (lp - lq)
-            if reference.floor is not None:
-                terms[lp <= reference.floor] = 0
-            row = {
-                "kld": terms.sum(-1).double(),
-                "nll": nll,
-                "nll_base": nll_base,
-                "p_diff": (-nll).exp() - (-nll_base).exp(),
-                "same_top": lp.argmax(-1) == lq.argmax(-1),
-            }
-            for name, value in row.items():
-                columns[name].append(value.cpu().numpy())
+    for chunk, lq in enumerate(log_probs):
+        lp = reference.log_probs(chunk, lq.device)
+        target = torch.from_numpy(reference.tokens[chunk, reference.first + 1 :].astype(np.int64)).to(lq.device)
+        nll, nll_base = (-x.gather(-1, target[:, None])[:, 0].double() for x in (lq, lp))
+        terms = lp.exp() * (lp - lq)
+        if reference.floor is not None:
+            terms[lp <= reference.floor] = 0
+        row = {
+            "kld": terms.sum(-1).double(),
+            "nll": nll,
+            "nll_base": nll_base,
+            "p_diff": (-nll).exp() - (-nll_base).exp(),
+            "same_top": lp.argmax(-1) == lq.argmax(-1),
+        }
+        for name, value in row.items():
+            columns[name].append(value.cpu().numpy())
     return TokenScores(**{name: np.concatenate(parts) for name, parts in columns.items()})
 
 

@@ -23,6 +23,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             "PPL": s["Mean PPL(Q)"],
             "PPL ratio": s["Mean PPL(Q)/PPL(base)"],
             "same top, %": 100 * s["Same top p"],
+            **_engine_cells(evaluation, entry),
         }
         if with_mixes:
             row["/ mixes"] = entry.get("kld_ratio")
@@ -32,6 +33,19 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     empty = dict.fromkeys(found[0] if found else ("file", "note"))
     found += [empty | {"file": failed["label"], "note": failed["error"]} for failed in evaluation["failed"]]
     return found
+
+
+def _engine_cells(evaluation: Mapping[str, Any], entry: Mapping[str, Any], domain: str = "") -> dict[str, Any]:
+    """Columns of the file's run in llama.cpp, empty for what did not run there; none where it was not asked for."""
+    if "engine" not in evaluation["asked"]:
+        return {}
+    found = entry.get("engine")
+    s = {} if found is None else found["domains"][domain] if domain else found["statistics"]
+    return {
+        "llama.cpp: KLD": s.get("Mean KLD"),
+        "llama.cpp: ±": s.get("Mean KLD ±"),
+        "llama.cpp: same top, %": 100 * s["Same top p"] if s else None,
+    }
 
 
 def domain_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -53,17 +67,23 @@ def domain_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "99.9% KLD": s["99.9% KLD"],
                     "PPL ratio": s["Mean PPL(Q)/PPL(base)"],
                     "same top, %": 100 * s["Same top p"],
+                    **_engine_cells(evaluation, entry, "" if domain == "whole" else domain),
                 }
             )
     return found
 
 
 def statistic_rows(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Every statistic under llama-perplexity's name, one column for each file that was measured."""
-    measured = [entry for entry in evaluation["files"] if entry["kind"] == "file"]
-    names = [name for name in (measured[0]["statistics"] if measured else ()) if not name.endswith(" ±")]
+    """Every statistic under llama-perplexity's name, a column for each file that was measured and for each engine."""
+    columns = {}
+    for entry in evaluation["files"]:
+        if entry["kind"] == "file":
+            columns[entry["label"]] = entry["statistics"]
+            if "engine" in entry:
+                columns[f"{entry['label']}, llama.cpp"] = entry["engine"]["statistics"]
+    names = [name for name in next(iter(columns.values()), ()) if not name.endswith(" ±")]
     return [
-        {"statistic": name} | {entry["label"]: _shown(entry["statistics"], name) for entry in measured}
+        {"statistic": name} | {column: _shown(statistics, name) for column, statistics in columns.items()}
         for name in names
     ]
 

@@ -1,4 +1,4 @@
-"""What is measured of a file: its divergence, and on demand MMLU, greedy answers and where it hurts.
+"""What is measured of a file: its divergence, and on demand MMLU, greedy answers, where it hurts, llama.cpp's own run.
 
 A task is made once for all files. Its results are plain JSON values, so that they can be kept.
 """
@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
+from dynq import libllama
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import greedy, kld, mmlu, where
 from dynq.evaluate.original import Text
+from dynq.progress import progress
 from dynq.torch_model import load_tokenizer
 
 ANSWER_TOKENS = 32  # of a greedy answer
@@ -28,13 +31,15 @@ COST_CHUNKS = 4  # of the text, evenly spaced, that each restored layer is measu
 class Asked:
     """What to measure beside the divergence; by default nothing.
 
-    mmlu: a folder or "cais/mmlu"; mmlu_limit: questions of each subject; greedy: prompts; where: worst tokens.
+    mmlu: a folder or "cais/mmlu"; mmlu_limit: questions of each subject; greedy: prompts; where: worst tokens;
+    engine: whether the files run in llama.cpp as well.
     """
 
     mmlu: str = ""
     mmlu_limit: int | None = None
     greedy: int = 0
     where: int = 0
+    engine: bool = False
 
 
 class Subject:
@@ -64,6 +69,10 @@ class Subject:
     def scores(self) -> kld.TokenScores:
         base = self.base  # first: making it takes the original's model, which goes before another one comes
         return kld.measure(self.model, base, desc=self.label)
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+        self.__dict__.pop("model", None)
 
 
 class Task:
@@ -100,10 +109,13 @@ class Divergence(Task):
         self.about = [self.name, fingerprint, sha256, domains]
 
     def measure(self, subject: Subject, original: Any = None) -> dict[str, Any]:
-        scores = subject.scores
+        scores = self._scores(subject)
         if not all(np.isfinite(column).all() for column in (scores.kld, scores.nll)):
             raise DynqError("its answers are not finite numbers somewhere in the text: the file is damaged")
         return {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)}
+
+    def _scores(self, subject: Subject) -> kld.TokenScores:
+        return subject.scores
 
     def _by_domain(self, scores: kld.TokenScores) -> dict[str, dict[str, float]]:
         scored, at, found = len(scores.kld) // sum(self.domains.values()), 0, {}
@@ -113,6 +125,30 @@ class Divergence(Task):
             found[name] = kld.statistics(kld.TokenScores(**columns))
             at = own.stop
         return found
+
+
+class InEngine(Divergence):
+    """The same statistics with llama.cpp's own arithmetic, which quantizes activations too. Comes last."""
+
+    name = "engine"
+
+    def __init__(self, library: libllama.Library, fingerprint: str, sha256: str, domains: dict[str, int]):
+        super().__init__(fingerprint, sha256, domains)
+        self.library = library
+        self.about.append(library.name)
+
+    def _scores(self, subject: Subject) -> kld.TokenScores:
+        base, path = subject.base, subject.checkpoint.path
+        subject.release()
+        with libllama.Llama(self.library, path, n_ctx=base.tokens.shape[1], threads=torch.get_num_threads()) as model:
+            if model.n_vocab != base.n_vocab:
+                raise DynqError(f"{path}: llama.cpp sees {model.n_vocab:,} tokens, the reference has {base.n_vocab:,}")
+            chunks = progress(base.tokens, desc=f"{subject.label}: llama.cpp", unit="chunk")
+            logits = (torch.from_numpy(model.logits(chunk, base.first)) for chunk in chunks)
+            return kld.score(map(kld.log_softmax, logits), base)
+
+    def describe(self, original: Any = None) -> dict[str, Any]:
+        return {"name": "llama.cpp", "library": self.library.name}
 
 
 class Mmlu(Task):
