@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
+import re
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +76,8 @@ _complaints: deque[str] = deque(maxlen=16)
 @_LOG
 def _listen(level: int, text: bytes, _: Any) -> None:
     if level == _ERROR:
-        _complaints.append(text.decode(errors="replace").strip())
+        said = text.decode(errors="replace").strip()
+        _complaints.append(re.sub(r"^\w+: ", "", said))  # without the function's name
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Llama:
         self.path, self._lib = path, library.lib
         self._context = None
         _complaints.clear()
-        self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), self._lib.llama_model_default_params())
         if not self._model:
             raise self._refused("does not open this file")
         self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model)))

@@ -4,13 +4,11 @@ Used by the tests as the oracle and by tests/bench as the rival. Nothing here is
 """
 
 import ctypes
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
-from dynq import formats
+from dynq import formats, libllama
 from dynq.errors import DynqError
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -19,13 +17,10 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None when xllamacpp (the extra `engine`) is not installed."""
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
+    try:
+        lib = libllama.find("xllamacpp").lib
+    except DynqError:
         return None
-    found = sorted(Path(spec.origin).parent.glob("xllamacpp*.so"))
-    if not found:
-        return None
-    lib = ctypes.CDLL(str(found[0]))
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,

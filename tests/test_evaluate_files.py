@@ -320,6 +320,7 @@ def test_command_refuses_before_any_work(made, tmp_path):
     for arguments, words in (
         ((made.model, made.paths["Q8_0"], "--out", run), "the folder of a run"),
         ((made.model, "--out", tmp_path / "out"), "no file to measure"),
+        ((made.model, made.paths["Q8_0"], "--engine", "onnx", "--out", tmp_path / "out"), "torch and llama.cpp"),
         ((made.paths["Q8_0"], "--logits", "x", "--mixes", "--out", tmp_path / "out"), "--logits brings its own text"),
         (
             (made.paths["Q8_0"], "--logits", "x", "--greedy", "1", "--out", tmp_path / "out"),

@@ -42,9 +42,8 @@ def _engine_cells(evaluation: Mapping[str, Any], entry: Mapping[str, Any], domai
     found = entry.get("engine")
     s = {} if found is None else found["domains"][domain] if domain else found["statistics"]
     return {
-        "llama.cpp: KLD": s.get("Mean KLD"),
-        "llama.cpp: ±": s.get("Mean KLD ±"),
-        "llama.cpp: same top, %": 100 * s["Same top p"] if s else None,
+        "llama.cpp KLD": s.get("Mean KLD"),
+        "llama.cpp ±": s.get("Mean KLD ±"),
     }
 
 
