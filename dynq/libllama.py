@@ -77,7 +77,7 @@ _complaints: deque[str] = deque(maxlen=16)
 def _listen(level: int, text: bytes, _: Any) -> None:
     if level == _ERROR:
         said = text.decode(errors="replace").strip()
-        _complaints.append(re.sub(r"^\w+: ", "", said))  # without the function's name
+        _complaints.append(re.sub(r"^((\w+|error loading model): )+", "", said))  # without the functions' names
 
 
 @dataclass(frozen=True)
