@@ -93,9 +93,14 @@ def find(*packages: str) -> Library:
 
     llama.cpp's log goes nowhere from then on. DynqError: there is none.
     """
+    reason = ""
     for package in packages or PACKAGES:
         for file in _files(package):
-            lib = ctypes.CDLL(str(file))
+            try:
+                lib = ctypes.CDLL(str(file))
+            except OSError as error:  # built for another machine, or without what it was linked to
+                reason = f"; {' '.join(str(error).split())}"
+                continue
             if all(hasattr(lib, name) for name in _FUNCTIONS):
                 for name, (result, arguments) in _FUNCTIONS.items():
                     function = getattr(lib, name)
@@ -106,7 +111,7 @@ def find(*packages: str) -> Library:
                 return Library(f"{distribution} {importlib.metadata.version(distribution)}", lib)
     raise DynqError(
         'llama.cpp is not installed here as a library; pip install "dynq[engine]" (ready built) or "dynq[bench]" '
-        "(built from source)"
+        f"(built from source){reason}"
     )
 
 

@@ -196,6 +196,14 @@ def test_a_missing_library_is_one_line_before_any_work(small, tmp_path, monkeypa
         assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_a_broken_library_says_why(tmp_path, monkeypatch):
+    (tmp_path / "libllama.so").write_text("no library")
+    monkeypatch.setattr(libllama, "_files", lambda package: [tmp_path / "libllama.so"])
+    with pytest.raises(DynqError, match=r"not installed .*libllama.so: ") as caught:
+        libllama.find()
+    assert "\n" not in str(caught.value)
+
+
 def test_command(small, tmp_path):
     out, (where, n_ctx, n_chunks) = tmp_path / "out", small.text.values()
     arguments = [small.model, small.good, "--text", where, "-c", n_ctx, "--chunks", n_chunks, "--out", out]
