@@ -294,7 +294,7 @@ def _verify(
     reader = Reader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     wrong = [] if list(found) == list(chosen) else ["the list of tensors"]
-    for name, tensor in found.items():
+    for name, tensor in progress(found.items(), total=len(found), desc="verify", unit="tensor", leave=False):
         shape = tuple(int(n) for n in tensor.shape[::-1])
         if (tensor.tensor_type.name, shape) != (chosen.get(name), checkpoint.tensors[name].shape):
             wrong.append(f"{name}'s type or shape")
