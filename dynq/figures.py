@@ -287,7 +287,7 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
             y=[entry["statistics"]["Mean KLD"] for entry in own],
             error_y={"array": [entry["statistics"]["Mean KLD ±"] for entry in own], "thickness": 1},
             text=[_short(entry["label"]) for entry in own],
-            textposition="bottom left" if shape == "diamond" else "top right",
+            textposition="top right" if "mix" in kind else "bottom left",
             mode=mode,
             name=name + (" (hollow: dominated)" if any(entry.get("dominated_by") for entry in own) else ""),
             marker={
