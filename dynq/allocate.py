@@ -37,8 +37,28 @@ _CANDIDATES = (
     *("Q5_K", "Q6_K", "Q8_0", "F16"),
 )  # the other formats err more at the same bytes; a profile brings them in
 
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_SPELLED = {"kb": "kB", "mb": "MB", "gb": "GB", "tb": "TB", "kib": "KiB", "mib": "MiB", "gib": "GiB", "tib": "TiB"}
+_UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SPELLED = {
+    "b": "B",
+    "kb": "kB",
+    "mb": "MB",
+    "gb": "GB",
+    "tb": "TB",
+    "kib": "KiB",
+    "mib": "MiB",
+    "gib": "GiB",
+    "tib": "TiB",
+}
 
 
 # --- what the user asks for -------------------------------------------------------------------------------------------
@@ -56,9 +76,9 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """ "3.5bpw", "8GB", "750MB", "2.5GiB" or "like:Q4_K_M" as a `Target`; DynqError with examples for anything else.
+    """ "3.5bpw", "8GB", "2.5GiB", "6346016B" or "like:Q4_K_M" as a `Target`; DynqError with examples for anything else.
 
-    GB is 10^9 bytes and GiB 2^30, both of the whole file. Case and blanks do not matter.
+    B are bytes, GB 10^9 and GiB 2^30 of them, all of the whole file. Case and blanks do not matter.
     """
     plain = re.sub(r"\s+", "", text)
     if plain.lower().startswith("like:"):
@@ -66,7 +86,7 @@ def parse_target(text: str) -> Target:
         if name not in mixes.MIXES:
             raise DynqError(f"target {text!r}: no mix {plain[5:]!r}; llama.cpp's mixes are {', '.join(mixes.MIXES)}")
         return Target(text, "like", like=name)
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(bpw|bits?|[kmgt]i?b)", plain.lower())
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(bpw|bits?|[kmgt]i?b|b)", plain.lower())
     if not match or float(match[1]) <= 0:
         raise DynqError(
             f'target {text!r} is not a size; write it as "3.5bpw", "8GB", "750MB", "2.5GiB" or "like:Q4_K_M"'
@@ -437,6 +457,7 @@ def _in_unit(target: Target, size: float, n_weights: int, up: bool = False) -> s
     else:
         number, unit = size / 1e6, "MB of tensor data"
     digits = max(3, 3 - math.floor(math.log10(number)))
+    digits = 0 if unit == "B" else digits
     number = math.ceil(number * 10**digits) / 10**digits if up else number
     return f"{number:.{digits}f} {unit}"
 

@@ -17,6 +17,7 @@ import numpy as np
 from dynq import architectures, formats, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
+from dynq.files import sha256
 from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
@@ -29,7 +30,6 @@ _LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|attention\.masked_bias$")  # buff
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
 _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
-_HASH_STEP = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,10 @@ class Checkpoint:
         whole = hashlib.sha256()
         with progress(total=sum(p.stat().st_size for p in self._files), desc="hash", unit="B", leave=False) as bar:
             for path in self._files:
-                digest = hashlib.sha256()
-                with path.open("rb") as file:
-                    while piece := file.read(_HASH_STEP):
-                        digest.update(piece)
-                        bar.update(len(piece))
+                digest = sha256(path, bar.update)
                 # A single file's name is its owner's choice; inside a directory names have a meaning.
                 label = path.name if len(self._files) > 1 else ""
-                whole.update(f"{label}\0{digest.hexdigest()}\n".encode())
+                whole.update(f"{label}\0{digest}\n".encode())
         return whole.hexdigest()
 
 

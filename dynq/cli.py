@@ -59,7 +59,7 @@ def run(
         str, typer.Argument(help="A Hugging Face directory or hub id, a GGUF in F32, F16 or BF16, or dynq-tiny.")
     ],
     target: Annotated[
-        list[str], typer.Option(help="A size: 3.5bpw, 8GB, 750MB, 2.5GiB, like:Q4_K_M. May be given several times.")
+        list[str], typer.Option(help="A size: 3.5bpw, 8GB, 2.5GiB, 6346016B, like:Q4_K_M. May be given several times.")
     ],
     out: Annotated[Path, typer.Option(help="The run folder.")],
     text: Annotated[
@@ -273,7 +273,10 @@ def show(
     file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight."""
+    """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight.
+
+    What --json prints is a recipe file as well: keep it, edit it, apply it.
+    """
     from dynq import describe
 
     described = describe.read(file)
@@ -331,6 +334,10 @@ def apply(
         print(_json({"file": str(out), **made}))
         return
     print(f"{out}: {made['bytes']:,} bytes, {made['bpw']:.3f} bpw, read back and verified")
+    if other := made["other_shapes"]:
+        print(
+            f"{len(other)} tensors ({other[0]}, ...) have another shape than in {recipe.name}: other bytes than its own"
+        )
     for name, (wanted, written) in made["fallbacks"].items():
         print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
 

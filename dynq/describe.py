@@ -4,6 +4,7 @@ A recipe is read from its own file or from the header of any GGUF. Bytes need sh
 recipe file is shown without them.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,9 @@ def read(path: str | Path) -> Described:
     return Described(path, Recipe.from_gguf(path), {name: shape for name, (_, shape) in tensors.items()})
 
 
-def check_shapes(described: Described, shapes: Mapping[str, tuple[int, ...]], other: str) -> None:
-    """DynqError where a tensor that both know has another shape in `other`."""
-    for name, shape in described.shapes.items():
-        if name in shapes and shapes[name] != shape:
-            raise DynqError(
-                f"{described.path}: {name} has shape {list(shape)}, in {other} {list(shapes[name])}: another model"
-            )
+def other_shapes(described: Described, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tensors that both know and that have another shape in `shapes`; none where `described` knows no shapes."""
+    return [name for name, shape in described.shapes.items() if shapes.get(name, shape) != shape]
 
 
 def by_kind(described: Described) -> list[dict[str, Any]]:
@@ -97,7 +94,9 @@ def difference(a: Described, b: Described) -> list[dict[str, Any]]:
     shared = a.recipe.formats.keys() & b.recipe.formats.keys()
     if not shared:
         raise DynqError(f"{a.path} and {b.path} have no tensor in common: recipes of different models")
-    check_shapes(a, b.shapes, str(b.path))
+    if other := other_shapes(a, b.shapes):
+        mine, theirs = (list(described.shapes[other[0]]) for described in (a, b))
+        raise DynqError(f"{a.path}: {other[0]} has shape {mine}, in {b.path} {theirs}: another model")
     shapes = b.shapes | a.shapes
     rows = []
     for name in sorted(a.recipe.formats.keys() | b.recipe.formats.keys(), key=file_order):
@@ -165,14 +164,14 @@ def _place(name: str) -> tuple[bool, list[int | str], str]:
 
 
 def as_json(described: Described) -> dict[str, Any]:
-    """What ``dynq recipe show --json`` prints."""
+    """What ``dynq recipe show --json`` prints: a recipe file, with what a reader may want besides."""
     recipe = described.recipe
     tensors = [
         {"tensor": name, "kind": info.kind, "layer": info.layer, "format": info.dtype, "bytes": described.bytes(name)}
         for name in sorted(recipe.formats, key=_place)
         for info in [_info(described, name)]
     ]
-    return {
+    return json.loads(recipe.to_json()) | {
         "file": str(described.path),
         "target": recipe.target,
         "tensor_bytes": recipe.tensor_bytes,

@@ -17,7 +17,7 @@ from gguf.gguf_writer import WriterState
 
 from dynq import __version__, codec, formats
 from dynq.checkpoint import Checkpoint
-from dynq.describe import Described, check_shapes
+from dynq.describe import Described, other_shapes
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.gguf_reader import Reader
@@ -100,15 +100,16 @@ def apply(
 ) -> dict[str, Any]:
     """`export` by a recipe that was made elsewhere: a file of dynq, or what the header of any GGUF says.
 
-    Its predicted KLD was for another encoding and is left out. Returns what `export` does, and `fallbacks`: tensor
-    name -> [format of the recipe, format written], of quantizable tensors whose rows do not divide into blocks.
+    Its predicted KLD was for another encoding and is left out. Shapes may differ: a recipe fits a model with the same
+    tensors, wider or with more tokens. Returns what `export` does, `fallbacks`: tensor name -> [format of the recipe,
+    format written], of quantizable tensors whose rows do not divide into blocks, and `other_shapes`: tensors that have
+    another shape in the GGUF that the recipe was read from.
 
     Raises:
-        DynqError: before anything is written, where tensors or shapes do not match, dynq does not write a format, or
-            one needs an importance matrix that is not given or lacks the tensor.
+        DynqError: before anything is written, where the names of the tensors do not match, dynq does not write a
+            format, or one needs an importance matrix that is not given or lacks the tensor.
     """
     wanted, tensors = described.recipe.formats, checkpoint.tensors
-    check_shapes(described, {name: info.shape for name, info in tensors.items()}, checkpoint.name)
     chosen = _formats(checkpoint, wanted)
     _check_importance(checkpoint, chosen, importance)
     recipe = replace(
@@ -118,7 +119,8 @@ def apply(
     )
     made = export(checkpoint, recipe, importance, path, imatrix_file=imatrix_file, level=level, threads=threads)
     fallbacks = {n: [wanted[n], f] for n, f in chosen.items() if tensors[n].quantizable and f != wanted[n]}
-    return made | {"fallbacks": fallbacks}
+    other = other_shapes(described, {name: info.shape for name, info in tensors.items()})
+    return made | {"fallbacks": fallbacks, "other_shapes": other}
 
 
 def simulate(
@@ -294,7 +296,7 @@ def _verify(
     reader = Reader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     wrong = [] if list(found) == list(chosen) else ["the list of tensors"]
-    for name, tensor in found.items():
+    for name, tensor in progress(found.items(), total=len(found), desc="verify", unit="tensor", leave=False):
         shape = tuple(int(n) for n in tensor.shape[::-1])
         if (tensor.tensor_type.name, shape) != (chosen.get(name), checkpoint.tensors[name].shape):
             wrong.append(f"{name}'s type or shape")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
     from dynq.checkpoint import TensorInfo
+    from dynq.evaluate.pair import Encoded
     from dynq.imatrix import Importance
     from dynq.recipe import Recipe
 
@@ -266,30 +267,29 @@ def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Pi
 def frontier(evaluation: Mapping[str, Any]) -> Picture:
     """KLD against size for everything that was scored; between two mixes the line is log KLD linear in bytes.
 
-    A file with "dominated_by" (see dynq.evaluate.files) is drawn hollow.
+    Every kind has a colour and a mark of its own. A file with "dominated_by" (see dynq.evaluate.files) is drawn hollow.
     """
     unit, name_of_unit = (1e9, "GB (10^9 bytes)") if _largest(evaluation) >= 1e9 else (1e6, "MB (10^6 bytes)")
     style = {
-        "mix": ("llama.cpp's mixes", ORANGE, "lines+markers+text"),
-        "other mix": ("the mix asked for", ORANGE, "markers+text"),
-        "uniform": ("one format", PINK, "markers+text"),
-        "dynamic": ("dynq", BLUE, "markers+text"),
-        "file": ("files", BLUE, "markers+text"),
+        "mix": ("llama.cpp's mixes", ORANGE, "circle", "lines+markers+text"),
+        "other mix": ("the mix asked for", GREEN, "square", "markers+text"),
+        "uniform": ("one format", PINK, "triangle-up", "markers+text"),
+        "dynamic": ("dynq", BLUE, "diamond", "markers+text"),
+        "file": ("files", BLUE, "diamond", "markers+text"),
     }
     figure = go.Figure()
-    for kind, (name, colour, mode) in style.items():
+    for kind, (name, colour, shape, mode) in style.items():
         own = [entry for entry in evaluation["files"] if entry["kind"] == kind]
         if not own:
             continue
-        shape = "diamond" if kind in ("dynamic", "file") else "circle"
         figure.add_scatter(
             x=[entry["tensor_bytes"] / unit for entry in own],
             y=[entry["statistics"]["Mean KLD"] for entry in own],
             error_y={"array": [entry["statistics"]["Mean KLD ±"] for entry in own], "thickness": 1},
             text=[_short(entry["label"]) for entry in own],
-            textposition="bottom left" if shape == "diamond" else "top right",
+            textposition="top right" if "mix" in kind else "bottom left",
             mode=mode,
-            name=name,
+            name=name + (" (hollow: dominated)" if any(entry.get("dominated_by") for entry in own) else ""),
             marker={
                 "color": colour,
                 "size": 11,
@@ -338,6 +338,45 @@ def layer_costs(evaluation: Mapping[str, Any]) -> Picture:
     figure.update_xaxes(title="layer", range=[-1.5, last + 2.5])
     figure.update_yaxes(title="less mean KLD, nats per token", **_NATS)
     return Picture(figure, "".join(tables))
+
+
+def gains_and_losses(pair: "Sequence[Encoded]") -> Picture:
+    """How each encoding changes ln p of the tokens that follow: wide or narrow, with about the same mean.
+
+    pair: of `dynq.evaluate.pair`. Changes beyond +-1.5 nats count in the outermost steps.
+    """
+    edges = np.linspace(-1.55, 1.55, 32)  # one step is centred on "no change"
+    middles = [float(x) for x in (edges[1:] + edges[:-1]) / 2]
+    figure, lines = go.Figure(), []
+    for encoded, colour, dash in zip(pair, (BLUE, ORANGE), ("solid", "dash"), strict=True):
+        change, s = encoded.change, encoded.statistics
+        counts, _ = np.histogram(np.clip(change, edges[0], edges[-1]), edges)
+        figure.add_scatter(
+            x=middles,
+            y=[100 * float(n) / len(change) for n in counts],
+            mode="lines",
+            name=f"{encoded.format}: mean {change.mean():+.3f}, KLD {s['Mean KLD']:.3f}",
+            line={"color": colour, "dash": dash, "width": 2.5, "shape": "hvh"},
+            fill="tozeroy",
+        )
+        lines.append(
+            {
+                "every tensor": encoded.format,
+                "PPL(Q)/PPL(base)": s["Mean PPL(Q)/PPL(base)"],
+                "±": s["Mean PPL(Q)/PPL(base) ±"],
+                "gains, nats": float(np.maximum(change, 0).mean()),
+                "losses, nats": float(np.minimum(change, 0).mean()),
+                "sum = -ln PPL ratio": float(change.mean()),
+                "KLD, nats": s["Mean KLD"],
+                "KLD ±": s["Mean KLD ±"],
+                "same top-1, %": 100 * s["Same top p"],
+                "same greedy answers": f"{encoded.answers.identical} of {encoded.answers.n}",
+            }
+        )
+    _layout(figure, "The token that follows: gained and lost", legend={"x": 0.98, "xanchor": "right", "y": 0.98})
+    figure.update_xaxes(title="ln q - ln p, nats (losses left of 0, gains right of it)", zerolinecolor=BLACK)
+    figure.update_yaxes(title="share of the tokens, %")
+    return Picture(figure, html_table(lines, "Gains and losses, mean over all tokens, and what they add up to"))
 
 
 def _largest(evaluation: Mapping[str, Any]) -> int:

@@ -1,13 +1,28 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed."""
+"""Files that are whole or not there: written beside their place, flushed to the disk, renamed; and their hash."""
 
 import contextlib
 import errno
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dynq.errors import DynqError
+
+_STEP = 1 << 24  # bytes read at once
+
+
+def sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
+    """SHA-256 (hex) of a file's bytes. advance: called with the bytes of each piece read, for a progress bar."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_STEP):
+            digest.update(piece)
+            if advance is not None:
+                advance(len(piece))
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import dynq
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import replacing, sha256
+from dynq.progress import progress
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
@@ -30,6 +31,7 @@ except ImportError:  # Windows: two runs at once in one folder go unnoticed ther
     fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("gguf", "numba", "numpy", "pyarrow", "torch", "transformers", "xllamacpp")
+_LARGE = 1 << 30  # bytes: a hash that takes seconds shows a bar
 LOCKED = "DYNQ_LOCKED"
 """Environment variable with the folder that a parent process has locked for its kernels."""
 
@@ -45,8 +47,11 @@ def content_hash(path: Path) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file())
         lines = [f"{p.relative_to(path).as_posix()}\0{content_hash(p)}\n" for p in files]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    if size < _LARGE:
+        return sha256(path)
+    with progress(total=size, desc=f"hash {path.name}", unit="B", leave=False) as bar:
+        return sha256(path, bar.update)
 
 
 class RunFolder:

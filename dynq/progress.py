@@ -74,6 +74,7 @@ def progress(
     by default the standard error. For every loop that can last more than a second.
     """
     options: dict[str, Any] = {"total": total, "desc": desc, "unit": unit, "leave": leave, "dynamic_ncols": False}
+    options["unit_scale"] = unit == "B"  # 2.4G of 5.4G
     stream = file or sys.stderr
     # a bar inside another is not drawn as text: a second line is lost in a log and in a saved notebook
     options["disable"] = bool(getattr(tqdm, "_instances", ()))

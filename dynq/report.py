@@ -58,6 +58,18 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
             beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
 
 
+def file_tables(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    """The HTML tables of an evaluation of files by name; "" for what was not asked. Those of "where" stand apart."""
+    tables_of = {
+        "table": (tables.rows(evaluation), "Every file on the same text"),
+        "domains": (tables.domain_rows(evaluation), ""),
+        "answers": (tables.answer_rows(evaluation), ""),
+        "subjects": (tables.subject_rows(evaluation), "Subjects of MMLU; flips: right to wrong, wrong to right"),
+        "statistics": (tables.statistic_rows(evaluation), ""),
+    }
+    return {name: figures.html_table(rows, caption) if rows else "" for name, (rows, caption) in tables_of.items()}
+
+
 def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None:
     """Write ``report.html`` of an evaluation of files; ``frontier.svg`` and ``layers.svg`` of what was measured."""
     pictures = {}
@@ -67,14 +79,7 @@ def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None
         pictures["layers"] = figures.layer_costs(evaluation)
     drawn = {name: _embedded(p, name) | {"svg": svg.render(p.figure)} for name, p in pictures.items()}
     several = len(evaluation["text"]["domains"]) > 1
-    tables_of = {
-        "table": (tables.rows(evaluation), "Every file on the same text"),
-        "domains": (tables.domain_rows(evaluation), ""),
-        "answers": (tables.answer_rows(evaluation), ""),
-        "subjects": (tables.subject_rows(evaluation), "Subjects of MMLU; flips: right to wrong, wrong to right"),
-        "statistics": (tables.statistic_rows(evaluation), ""),
-    }
-    values = {name: figures.html_table(rows, caption) if rows else "" for name, (rows, caption) in tables_of.items()}
+    values = file_tables(evaluation)
     values["worst"] = "".join(
         figures.html_table(tables.worst_rows(entry["where"], several), f"{entry['label']}: its worst tokens")
         for entry in evaluation["files"]

@@ -147,7 +147,7 @@ def plan(
 
 
 def check_sizes(tasks: Iterable[Task]) -> None:
-    """DynqError, before any work, where the model cannot be opened, a target is too small or a pin fits no tensor.
+    """DynqError, before any work, where the model or a file is missing, a target too small or a pin fits no tensor.
 
     The targets are allocated once with a table in which nothing costs anything: only the shapes count.
     """
@@ -162,6 +162,9 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     for step in ("sensitivity", *(step for step in steps if step.startswith("export."))):
         codec.check_level(steps[step]["level"])
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
+    for file in steps["evaluate"]["files"]:
+        if not Path(file).expanduser().is_file():
+            raise DynqError(f"{file}: no such file (files)")
     checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
     untied = "output.weight" in checkpoint.tensors  # what is only looked up has no inputs, hence no importance
     names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])

@@ -13,6 +13,12 @@ import plotly.graph_objects as go
 
 FONT = 'font-family="system-ui, sans-serif"'
 _ANCHOR = {"left": "end", "center": "middle", "right": "start"}
+# corners of marks around their middle, in radii; y points down
+_CORNERS = {
+    "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    "triangle-up": ((0, -1.2), (1.15, 0.8), (-1.15, 0.8)),
+}
 
 
 def render(figure: go.Figure) -> str:
@@ -48,7 +54,9 @@ def render(figure: go.Figure) -> str:
         parts += _trace(trace, at)
         row = top + 14 + 18 * number
         symbol = (_symbols(trace)[0] or "circle").removesuffix("-open")
-        parts += [_marker(right - 150, row, symbol, trace.marker.color, 5), _text(right - 138, row + 4, trace.name)]
+        if "lines" in trace.mode:
+            parts.append(_line(right - 161, row, right - 139, row, trace.marker.color, 1.5))
+        parts += [_marker(right - 150, row, symbol, trace.marker.color, 5), _text(right - 134, row + 4, trace.name)]
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -77,17 +85,17 @@ def _symbols(trace: Any) -> list[str | None]:
 
 
 def _marker(x: float, y: float, symbol: str | None, colour: str, r: float) -> str:
-    kind, _, is_open = (symbol or "circle").partition("-")
-    look = f'fill="{"white" if is_open else colour}" stroke="{colour}" stroke-width="1.5"'
-    if kind == "diamond":
-        r *= 1.3
-        corners = f"{x:.1f},{y - r:.1f} {x + r:.1f},{y:.1f} {x:.1f},{y + r:.1f} {x - r:.1f},{y:.1f}"
+    kind = (symbol or "circle").removesuffix("-open")
+    look = f'fill="{colour if kind == (symbol or "circle") else "white"}" stroke="{colour}" stroke-width="1.5"'
+    if kind in _CORNERS:
+        corners = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in _CORNERS[kind])
         return f'<polygon points="{corners}" {look}/>'
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" {look}/>'
 
 
-def _line(x0: float, y0: float, x1: float, y1: float, colour: str) -> str:
-    return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{colour}"/>'
+def _line(x0: float, y0: float, x1: float, y1: float, colour: str, width: float = 1) -> str:
+    ends = f'x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"'
+    return f'<line {ends} stroke="{colour}" stroke-width="{width:g}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 12) -> str:

@@ -223,7 +223,9 @@ def test_more_than_the_largest_takes_it_and_says_so():
     assert "is the largest" in recipe.provenance["allocation"]["note"]
 
 
-@pytest.mark.parametrize(("target", "unit"), [("1.5bpw", " bpw"), ("0.2MB", " MB"), ("0.0002 GiB", " GiB")])
+@pytest.mark.parametrize(
+    ("target", "unit"), [("1.5bpw", " bpw"), ("0.2MB", " MB"), ("0.0002 GiB", " GiB"), ("9B", " B")]
+)
 def test_too_small_says_the_smallest_in_the_same_unit_and_that_one_works(target, unit):
     with pytest.raises(DynqError, match="smallest possible") as error:
         run(target, header_bytes=5000)
@@ -243,6 +245,7 @@ def test_too_small_says_the_smallest_in_the_same_unit_and_that_one_works(target,
         ("8GB", "file", 8e9),
         ("750mb", "file", 750e6),
         ("2.5GiB", "file", 2.5 * 2**30),
+        ("6346016 B", "file", 6346016),
         ("like:q4_k_m", "like", 0.0),
     ],
 )

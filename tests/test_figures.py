@@ -8,6 +8,8 @@ import pytest
 
 from dynq import figures
 from dynq.checkpoint import TensorInfo
+from dynq.evaluate.greedy import Divergence
+from dynq.evaluate.pair import Encoded
 from dynq.imatrix import Importance
 from dynq.recipe import Recipe
 
@@ -133,9 +135,28 @@ def test_frontier_draws_each_kind():
     picture = figures.frontier({"files": files, "model": {"name": "m"}})
     assert [list(trace.text) for trace in picture.figure.data] == [["IQ2_M", "IQ3_S"], ["Q2_K"], ["Q3_K"], ["3bpw"]]
     assert [row[0] for row in cells(picture)] == ["file", "IQ2_M", "dynq 3bpw", "uniform Q3_K", "Q2_K", "IQ3_S"]
+    looks = {(trace.marker.color, trace.marker.symbol[0]) for trace in picture.figure.data}
+    assert len({colour for colour, _ in looks}) == len({symbol for _, symbol in looks}) == 4
     only = figures.frontier({"files": files[:1], "model": {"name": "m"}})
     assert [list(trace.text) for trace in only.figure.data] == [["IQ2_M"]]
     assert cells(picture)[1][-1] == "75"
+
+
+def test_gains_and_losses_cancel_in_the_mean_only():
+    parted = Divergence(4, 3, 0.75, 0.3, 0.95, 2.0, 2.0, [0, 0, 1])
+    statistics = {"Mean PPL(Q)/PPL(base)": 1.0, "Mean PPL(Q)/PPL(base) ±": 0.1, "Same top p": 0.5}
+    pair = [
+        Encoded(f"Q{at}", statistics | {"Mean KLD": kld, "Mean KLD ±": 0.0}, np.array([-by, 0, by, 0]), parted)
+        for at, by, kld in ((5, 0.2, 0.01), (4, 9.0, 0.5))
+    ]
+    picture = figures.gains_and_losses(pair)
+    for trace in picture.figure.data:
+        assert sum(trace.y) == pytest.approx(100)  # far changes count too
+        assert trace.y[trace.x.index(pytest.approx(0, abs=1e-9))] == 50
+    assert picture.figure.data[1].y[0] == picture.figure.data[1].y[-1] == 25
+    _, narrow, wide = cells(picture)
+    assert narrow[3:6] == ["0.05", "-0.05", "0"] and wide[3:6] == ["2.25", "-2.25", "0"]
+    assert (narrow[6], wide[6], wide[-1]) == ("0.01", "0.5", "3 of 4")
 
 
 @pytest.mark.parametrize("static", [True, False])

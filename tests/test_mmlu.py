@@ -201,24 +201,42 @@ def test_bad_folders_are_named(folder):
 
 
 def test_the_hubs_data_set_gives_the_same_questions(folder, tmp_path, monkeypatch):
+    """The layout of cais/mmlu: a config "all" with one file a split; the answer is a class label, kept as int64."""
     import huggingface_hub
 
     local = mmlu.load(folder)
+    columns = [("question", pa.string()), ("subject", pa.string()), ("choices", pa.list_(pa.string()))]
+    schema = pa.schema([*columns, ("answer", pa.int64())])
+    (tmp_path / "hub" / "all").mkdir(parents=True)
     for part in ("dev", "test"):
         rows = [
             {"question": q.text, "subject": s.name, "choices": list(q.choices), "answer": q.answer}
-            for s in local
+            for s in reversed(local)
             for q in (s.shots if part == "dev" else s.questions)
         ]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{part}.parquet")
+        path = tmp_path / "hub" / "all" / f"{part}-00000-of-00001.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    asked = []
 
     def download(dataset, name, repo_type):
-        assert (dataset, repo_type) == ("cais/mmlu", "dataset")
-        return str(tmp_path / f"{name.removeprefix('all/').partition('-')[0]}.parquet")
+        asked.append((dataset, name, repo_type))
+        return str(tmp_path / "hub" / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.chdir(tmp_path)
     assert mmlu.load("cais/mmlu") == local
+    assert asked == [("cais/mmlu", f"all/{part}-00000-of-00001.parquet", "dataset") for part in ("dev", "test")]
+    assert [s.name for s in mmlu.load("cais/mmlu", ["tea"], limit=2)] == ["tea"]
+
+    pq.write_table(pa.Table.from_pylist([*rows[:1], rows[1] | {"answer": 4}], schema), path)
+    with pytest.raises(DynqError, match=r"test-00000-of-00001.parquet: row 1: the answer '4' is neither"):
+        mmlu.load("cais/mmlu")
+    pq.write_table(pa.table({"text": ["x"]}), path)
+    with pytest.raises(DynqError, match=r"test-00000-of-00001.parquet: not MMLU's questions .*\"question\""):
+        mmlu.load("cais/mmlu")
+    path.write_bytes(b"half")
+    with pytest.raises(DynqError, match=r"test-00000-of-00001.parquet: not MMLU's questions"):
+        mmlu.load("cais/mmlu")
 
     def refuse(*_, **__):
         raise OSError("offline\nmore")

@@ -336,6 +336,7 @@ def test_what_was_done_before_a_mistake_is_kept(tmp_path):
         ("3.5bpw", {"pins": {"blk.*.nothing": "Q4_K"}}, "matches no tensor"),
         ("3.5bpw", {"profile": "no-such"}, "no profile 'no-such'"),
         ("3.5bpw", {"formats": ["Q9_K"]}, "Q9_K"),
+        ("3.5bpw", {"files": ["theirs.gguf"]}, "theirs.gguf: no such file"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(tmp_path, target, values, message):

@@ -30,13 +30,25 @@ def test_points_lines_and_words():
     ]
     root = drawn(*files)
     words = [text.text for text in root.iter(f"{SVG}text")]
-    assert {"Q2_K", "Q4_K_M", "good", "bad", "files", "llama.cpp's mixes", "0.1", "4"} <= set(words)
+    assert {"Q2_K", "Q4_K_M", "good", "bad", "files (hollow: dominated)", "llama.cpp's mixes", "0.1", "4"} <= set(words)
     assert words[0].startswith("a <model> & more: ") and "tensor data, GB (10^9 bytes)" in words
     diamonds = [shape.get("fill") for shape in root.iter(f"{SVG}polygon")]
     assert sorted(diamonds) == ["#0072B2", "#0072B2", "white"]  # one hollow, one in the legend
     (line,) = root.iter(f"{SVG}polyline")
     (x0, y0), (x1, y1) = (map(float, point.split(",")) for point in line.get("points").split())
     assert x0 < x1 and y0 < y1  # larger and better: to the right and down
+
+
+def test_every_kind_has_its_own_mark():
+    """Corners 4 level with each other (square), 3 (triangle), 4 around (diamond): the colours alone do not tell."""
+    kinds = ("mix", "other mix", "uniform", "dynamic")
+    root = drawn(*(entry(f"e{at}", kind, 4e9 + at, 0.1) for at, kind in enumerate(kinds)))
+    legend = [shape for shape in root.iter() if shape.tag in (f"{SVG}circle", f"{SVG}polygon")][1::2]
+    colours = [shape.get("fill") for shape in legend]
+    corners = [len(shape.get("points", "").split()) for shape in legend]
+    assert len(set(colours)) == 4 and corners == [0, 4, 3, 4]
+    tops = [{point.split(",")[1] for point in shape.get("points").split()} for shape in legend[1::2]]
+    assert [len(levels) for levels in tops] == [2, 3]
 
 
 def test_what_has_no_logarithm_is_left_out():

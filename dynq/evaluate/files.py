@@ -21,7 +21,7 @@ from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import compare, kld, logits_file, tables, tasks
 from dynq.evaluate.kept import Kept
-from dynq.evaluate.original import Original, labels
+from dynq.evaluate.original import Original, Text, labels
 from dynq.folder import RunFolder, content_hash
 from dynq.imatrix import Importance, read_imatrix
 from dynq.tables import text_table
@@ -44,11 +44,11 @@ class Entrant:
 
 
 def against_original(
-    reference: str | Path,
+    reference: str | Path | Checkpoint,
     files: Sequence[Path],
     folder: RunFolder,
     *,
-    text: str = "",
+    text: str | Text = "",
     n_ctx: int = 512,
     n_chunks: int = 16,
     seed: int = 0,
@@ -61,10 +61,10 @@ def against_original(
 ) -> dict[str, Any]:
     """Measure GGUF files against their original; returns what ``evaluation.json`` holds.
 
-    reference: what `open_checkpoint` takes. text: as `dynq.text.load_text` takes it; each file is a domain of its own
-    with n_chunks chunks of n_ctx tokens. with_mixes: llama.cpp's mixes around each file's size are encoded as well,
-    with the importance matrix if there is one. write_logits: where to write the original's logits for llama-perplexity.
-    asked: what else to measure of each file.
+    reference: the original, opened or as `open_checkpoint` takes it. text: as `dynq.text.load_text` takes it, each file
+    a domain of its own with n_chunks chunks of n_ctx tokens; or one that is there already. with_mixes: llama.cpp's
+    mixes around each file's size are encoded as well, with the importance matrix if there is one. write_logits: where
+    to write the original's logits for llama-perplexity. asked: what else to measure of each file.
 
     A file that cannot be measured stands in "failed" with its reason. DynqError for what concerns all of them.
     """
@@ -72,11 +72,11 @@ def against_original(
     paths = _existing(files)
     importance = read_imatrix(imatrix) if imatrix else None
     library = libllama.find() if asked.engine else None
-    checkpoint = open_checkpoint(reference, allow_requantize)
+    checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference, allow_requantize)
     questions = _questions(asked, checkpoint)
     with folder.lock():
         original = Original(checkpoint, folder)
-        read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed)
+        read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed) if isinstance(text, str) else text
         if write_logits is not None:
             _write_logits(write_logits, original, read.tokens)
         entrants = [_entrant(label, path, checkpoint) for label, path in paths]
@@ -109,7 +109,7 @@ def against_original(
                 "requantized": checkpoint.requantized,
             },
             "text": {"description": read.description, "sha256": read.sha256, "domains": read.domains}
-            | {"chunks": len(read.tokens), "n_ctx": n_ctx},
+            | {"chunks": len(read.tokens), "n_ctx": int(read.tokens.shape[1])},
             "mixes_with_importance": importance is not None if with_mixes else None,
             "asked": {task.name: task.describe(bench.of_original.get(task.name)) for task in bench.asked},
         }

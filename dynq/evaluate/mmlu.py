@@ -176,7 +176,12 @@ def _from_hub(dataset: str) -> tuple[dict[str, list[Question]], dict[str, list[Q
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DynqError(f"{dataset}: the Hugging Face hub did not give it; name a folder: {reason}") from error
         found: dict[str, list[Question]] = {}
-        for at, row in enumerate(pq.read_table(path).to_pylist()):
+        try:
+            table = pq.read_table(path).select(["question", "subject", "choices", "answer"])
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors are kinds of these
+            reason = error.args[0] if error.args else type(error).__name__
+            raise DynqError(f"{path}: not MMLU's questions ({reason}); delete it, it is fetched again") from error
+        for at, row in enumerate(table.to_pylist()):
             cells = [str(row["question"]), *map(str, row["choices"]), str(row["answer"])]
             found.setdefault(row["subject"], []).append(_question(cells, f"{path}: row {at}"))
         parts.append(found)

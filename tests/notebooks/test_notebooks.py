@@ -17,8 +17,11 @@ import pytest
 import yaml
 from conftest import ARGUMENTS, PARAMETERS, TARGET, dynq_command, same_products
 from nbclient import NotebookClient
+from test_describe import recipe_for
 
 from dynq import run as runner
+from dynq.checkpoint import open_checkpoint
+from dynq.export import export
 from dynq.folder import content_hash
 from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
@@ -169,22 +172,56 @@ def _writes(path, pause=1.5):
     return path.stat().st_size != before
 
 
-def test_second_target_reuses_what_is_there(quick_run, tmp_path):
-    folder = tmp_path / "run"
+def test_perplexity_does_not_tell_the_pair_apart(quick_run):
+    """What notebook 07 says of its worked example holds in the numbers that it shows."""
+    notebook = nbformat.read(quick_run[0] / "notebooks" / "07_evaluate.ipynb", 4)
+    (page,) = [output.data["text/html"] for output in notebook.cells[-1].outputs if "data" in output]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    q5, q4 = (dict(zip(rows[0], row, strict=True)) for row in rows[1:])
+    value = lambda row, name: float(row[name].removesuffix(" of 16"))  # noqa: E731
+    for row in (q5, q4):
+        assert abs(value(row, "PPL(Q)/PPL(base)") - 1) < 0.5 * value(row, "±")
+    assert value(q4, "gains, nats") > 1.5 * value(q5, "gains, nats")
+    assert value(q4, "losses, nats") < 1.5 * value(q5, "losses, nats") < 0
+    assert value(q4, "KLD, nats") > 3 * value(q5, "KLD, nats")
+    for name in ("same top-1, %", "same greedy answers"):
+        assert value(q4, name) < 0.9 * value(q5, name)
+
+
+def test_second_target_and_a_foreign_file_reuse_what_is_there(quick_run, tmp_path):
+    folder, foreign = tmp_path / "run", tmp_path / "theirs.gguf"
     shutil.copytree(quick_run[0], folder)
+    original = open_checkpoint("dynq-tiny")
+    export(original, recipe_for(original, "Q4_0"), None, foreign, threads=1)
     before = (folder / "sensitivity.parquet").stat().st_mtime_ns
-    done = dynq_command(*ARGUMENTS, "--target", "like:Q2_K", "--out", folder, "--json")
+    done = dynq_command(
+        *(*ARGUMENTS, "--target", "like:Q2_K", "-p", f"files=['{foreign}']", "--out", folder, "--json")
+    )
     assert done.returncode == 0, done.stderr
     evaluation = json.loads(done.stdout)
     assert [target["target"] for target in evaluation["targets"]] == [TARGET, "like:Q2_K"]
     assert (folder / "sensitivity.parquet").stat().st_mtime_ns == before
-    assert not re.search(r"^(calibrate|sensitivity|dynq 3.5bpw|3.5bpw.gguf): 100%", done.stderr, re.M)
+    before_07 = done.stderr.partition("07_evaluate")[0]  # which measures 3.5bpw.gguf beside the foreign one
+    assert not re.search(r"^3.5bpw.gguf: 100%", before_07, re.M)
+    assert not re.search(r"^(calibrate|sensitivity|dynq 3.5bpw): 100%", done.stderr, re.M)
     for name in ("05_allocate.like-Q2_K.ipynb", "06_export.like-Q2_K.ipynb", "05_allocate.3.5bpw.ipynb"):
         assert (folder / "notebooks" / name).exists()
     like = next(e for e in evaluation["files"] if e["label"] == "dynq like:Q2_K")
     mix = next(e for e in evaluation["files"] if e["label"] == "Q2_K")
     assert like["tensor_bytes"] <= mix["tensor_bytes"] and mix["kind"] == "other mix"
     assert evaluation["targets"][1]["like"] == "Q2_K" not in [evaluation["targets"][1][k] for k in ("below", "above")]
+
+    compared = json.loads((folder / "compared" / "evaluation.json").read_text())
+    assert compared["text"]["sha256"] == json.loads((folder / "evaluate-text.json").read_text())["sha256"]
+    entries = {entry["label"]: entry for entry in compared["files"]}
+    assert {"3.5bpw.gguf", "like-Q2_K.gguf", "theirs.gguf"} <= entries.keys() and compared["failed"] == []
+    own = next(e for e in evaluation["files"] if e["label"] == "dynq 3.5bpw")
+    for name, number in own["statistics"].items():  # both ways of 07 measure the same
+        assert entries["3.5bpw.gguf"]["statistics"][name] == pytest.approx(number, rel=1e-4, abs=1e-6)
+    assert entries["3.5bpw.gguf"]["kld_ratio"] == pytest.approx(evaluation["targets"][0]["kld_ratio"], rel=1e-4)
+    assert "theirs.gguf" in (folder / "compared" / "report.html").read_text()
+    shown = (folder / "notebooks" / "07_evaluate.ipynb").read_text()
+    assert "theirs.gguf" in shown and "RMS Δp" in shown
 
 
 def test_other_parameters_are_refused(quick_run):
