@@ -67,10 +67,11 @@ def quantize(
     return out.reshape(*weights.shape[:-1], size)
 
 
-def check_level(level: str) -> None:
-    """DynqError where there is no such level of encoding."""
-    if level not in LEVELS:
-        raise DynqError(f"no level {level!r} of encoding; the levels are {' and '.join(LEVELS)}")
+def check_level(level: str, more: tuple[str, ...] = ()) -> None:
+    """DynqError where there is no such level of encoding. more: levels beyond those of `quantize`."""
+    levels = (*LEVELS, *more)
+    if level not in levels:
+        raise DynqError(f"no level {level!r} of encoding; the levels are {', '.join(levels)}")
 
 
 def _quantize_experts(

@@ -6,7 +6,7 @@ import hashlib
 import io
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gguf.gguf_writer import WriterState
 from dynq import __version__, codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.describe import Described, other_shapes
+from dynq.encoding import Stream, encode
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.gguf_reader import Reader
@@ -40,6 +41,7 @@ def export(
     imatrix_file: str = "",
     level: str = "plain",
     threads: int | None = None,
+    source: Callable[[dict[str, str]], Stream] | None = None,
 ) -> dict[str, Any]:
     """Encode every tensor by the recipe and write the GGUF; `path` appears only once it is whole and verified.
 
@@ -53,6 +55,8 @@ def export(
         imatrix_file: the name to write as `quantize.imatrix.file`.
         level: how hard the encoders search, as in `codec.quantize`.
         threads: threads of the encoders; the bytes do not depend on it.
+        source: gives the bytes of all tensors for the formats that are written (in that order), instead of the encoders
+            at that level.
 
     Returns:
         bytes (of the file), tensor_bytes, bpw (of all tensor data), sha256 (of the file), verified (True).
@@ -73,7 +77,12 @@ def export(
     with replacing(path, needed) as beside:
         with beside.open("wb") as file:
             file.write(header)
-            for name, _, data in _encoded(checkpoint, recipe.formats, importance, level, threads, path.name):
+            tensors = (
+                source(recipe.formats)
+                if source
+                else encode(checkpoint, recipe.formats, importance, level=level, threads=threads, desc=path.name)
+            )
+            for name, _, data in tensors:
                 digests[name] = hashlib.sha256(data.data).hexdigest()
                 for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
                     whole.update(piece.data)
@@ -137,7 +146,7 @@ def simulate(
     """
     chosen = _formats(checkpoint, recipe_formats)
     _check_importance(checkpoint, chosen, importance)
-    for name, fmt, data in _encoded(checkpoint, chosen, importance, level, threads, "encode"):
+    for name, fmt, data in encode(checkpoint, chosen, importance, level=level, threads=threads):
         yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
 
 
@@ -272,21 +281,6 @@ def _check_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else needed
     if free < needed:
         raise DynqError(f"{path}: the disk has {free:,} bytes left, the file needs {needed:,}")
-
-
-def _encoded(
-    checkpoint: Checkpoint,
-    chosen: dict[str, str],
-    importance: Importance | None,
-    level: str,
-    threads: int | None,
-    what: str,
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, format, uint8 [..., row bytes]) of every tensor, in file order."""
-    for name, fmt in progress(chosen.items(), total=len(chosen), desc=what, unit="tensor"):
-        weights = checkpoint.read(name)
-        mean = importance.mean(name, weights.shape[-1]) if importance is not None else None
-        yield name, fmt, codec.quantize(weights, fmt, mean, level=level, threads=threads)
 
 
 def _verify(

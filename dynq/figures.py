@@ -4,6 +4,7 @@ The table is what remains where JavaScript is stripped (GitHub) and what a scree
 Okabe and Ito's palette, which the colour-blind can tell apart.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -237,6 +238,47 @@ def _bpw(names: Iterable[str], recipe: Mapping[str, str], tensors: "Mapping[str,
 
 
 # --- 06: the file -----------------------------------------------------------------------------------------------------
+
+
+def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, TensorInfo]") -> Picture:
+    """Output error of each fed-back tensor over plain encoding's, by kind. told: of `dynq.layer_inputs.reports`."""
+    by_kind: dict[str, list[tuple[str, float]]] = {}
+    left: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in told:
+        kind = tensors[entry["tensor"]].kind
+        if entry["level"] == "feedback":
+            mean = math.exp(sum(map(math.log, entry["ratios"])) / len(entry["ratios"]))
+            by_kind.setdefault(kind, []).append((entry["tensor"], mean))
+        elif tensors[entry["tensor"]].quantizable:
+            left.setdefault(kind, []).append(entry)
+    figure = go.Figure()
+    for kind, points in by_kind.items():
+        figure.add_box(
+            y=[ratio for _, ratio in points],
+            text=[name for name, _ in points],
+            name=kind,
+            boxpoints="all",
+            pointpos=0,
+            jitter=0.6,
+            marker={"color": BLUE, "size": 5},
+            line={"width": 1},
+            fillcolor="rgba(0,0,0,0)",
+        )
+    _layout(figure, "Output error with feedback, on text kept aside", showlegend=False)
+    figure.add_hline(y=1, line={"color": BLACK, "dash": "dot", "width": 1})
+    figure.update_yaxes(title="squared error / that of plain", range=[0, 1.05])
+    rows = [
+        {
+            "kind": kind,
+            "fed back": len(points := by_kind.get(kind, [])),
+            "mean": math.exp(sum(math.log(r) for _, r in points) / len(points)) if points else None,
+            "worst": max(r for _, r in points) if points else None,
+            "not fed back": len(others := left.get(kind, [])),
+            "because": "; ".join(dict.fromkeys(entry["reason"] for entry in others)),
+        }
+        for kind in dict.fromkeys([*by_kind, *left])
+    ]
+    return Picture(figure, html_table(rows, "Squared output error over that of plain encoding"))
 
 
 def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Picture:

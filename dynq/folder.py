@@ -119,7 +119,7 @@ class RunFolder:
         seed: int,
         name: str = "text",
     ) -> dict[str, Any]:
-        """The tokens of one split, made once, as ``<split>-text.json``: description, sha256, tokens (lists).
+        """The tokens of one split, made once, as ``<split>-text.json``: description, sha256, domains, tokens.
 
         split, spec, n_ctx, n_chunks, seed: as `dynq.text.load_text` takes them; model: gives the original, called only
         if the text must be sampled; name: what the user calls `spec`, for messages.
@@ -149,9 +149,8 @@ class RunFolder:
                     model=None if files else model(),
                     split=split,
                 )
-                self.write_json(
-                    file, {"description": text.description, "sha256": text.sha256, "tokens": text.tokens.tolist()}
-                )
+                kept = {"description": text.description, "sha256": text.sha256, "domains": list(text.domains)}
+                self.write_json(file, kept | {"tokens": text.tokens.tolist()})
         found: dict[str, Any] = self.read_json(file)
         return found
 

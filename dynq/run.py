@@ -159,8 +159,10 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     from dynq.text import check_held_out
 
     steps = {task.step: task.parameters for task in tasks}
-    for step in ("sensitivity", *(step for step in steps if step.startswith("export."))):
-        codec.check_level(steps[step]["level"])
+    codec.check_level(steps["sensitivity"]["level"])
+    for step, own in steps.items():
+        if step.startswith("export."):
+            codec.check_level(own["level"], more=("feedback",))
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     for file in steps["evaluate"]["files"]:
         if not Path(file).expanduser().is_file():

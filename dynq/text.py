@@ -21,16 +21,24 @@ from dynq.progress import progress
 Messages = list[dict[str, str]]
 
 _BATCH = 64  # conversations sampled at once: bounds the memory of the key-value cache
+_FAMILIES = {
+    "code": ("code-python", "code-other", "sql", "devops", "data"),
+    "knowledge": ("maths", "physics", "science", "finance", "history", "health", "philosophy", "language"),
+}
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}  # names used by ShareGPT
 
 
 @dataclass(frozen=True)
 class Text:
-    """tokens: int32 [n_chunks, n_ctx]; description: source, counts, seed; sha256: of shape and tokens."""
+    """tokens: int32 [n_chunks, n_ctx]; description: source, counts, seed; sha256: of shape and tokens.
+
+    domains: of each chunk, the file it is from, or the family of prompts it is sampled with.
+    """
 
     tokens: NDArray[np.int32]
     description: str
     sha256: str
+    domains: tuple[str, ...]
 
 
 def prompts(split: str) -> list[Messages]:
@@ -38,10 +46,22 @@ def prompts(split: str) -> list[Messages]:
 
     split: "calibrate", or "evaluate": fewer, on other subjects. Raises DynqError for another name.
     """
+    return [entry["messages"] for entry in _entries(split)]
+
+
+def _entries(split: str) -> list[dict[str, Any]]:
+    """The same with their "domain" (subject) and "lang"."""
     if split not in ("calibrate", "evaluate"):
         raise DynqError(f"no prompts for split {split!r}; there are 'calibrate' and 'evaluate'")
     lines = (files("dynq") / "data" / "prompts.jsonl").read_text("utf-8").splitlines()
-    return [entry["messages"] for entry in map(json.loads, lines) if entry["split"] == split]
+    return [entry for entry in map(json.loads, lines) if entry["split"] == split]
+
+
+def _family(entry: dict[str, Any]) -> str:
+    """What a prompt is alike to others in: four kinds of text, of which each fills chunks of its own."""
+    if entry["lang"] != "en":
+        return "other languages"
+    return next((family for family, subjects in _FAMILIES.items() if entry["domain"] in subjects), "chats")
 
 
 def check_held_out(calibration: str, evaluation: str) -> None:
@@ -77,7 +97,8 @@ def load_text(
     """Tokens from the source that `spec` names, as `n_chunks` chunks of `n_ctx` tokens.
 
     spec: "" or "sampled": answers that `model` gives to `prompts(split)`, see `sample_chats`; every chunk starts with
-            the start of a conversation, the last one in it is cut.
+            the start of a conversation, the last one in it is cut. A chunk holds conversations of one family (code,
+            knowledge, chats, other languages).
         Otherwise a path or several, separated by commas. Chunks are taken from the start of each file, and from
             several files in turn, one chunk each, until they are enough. Markers of special tokens in a file count as
             those tokens (``llama-imatrix --parse-special``). Files are
@@ -96,16 +117,16 @@ def load_text(
     if spec in ("", "sampled"):
         if model is None:
             raise DynqError("text sampled from the model needs the model; pass it, or name a file")
-        chunks, source = _sampled_chunks(model, tokenizer, prompts(split), n_ctx, n_chunks, seed)
+        chunks, domains, source = _sampled_chunks(model, tokenizer, _entries(split), n_ctx, n_chunks, seed)
         source = f"{source} ({split} split), seed {seed}"
     else:
         paths = text_files(spec)
-        chunks = _file_chunks(paths, tokenizer, n_ctx, n_chunks)
+        chunks, domains = _file_chunks(paths, tokenizer, n_ctx, n_chunks)
         source = ", ".join(path.name for path in paths)
     tokens = np.array(chunks, dtype=np.int32)
     asked = "" if len(tokens) == n_chunks else f" ({n_chunks} were asked for, the text has no more)"
     digest = hashlib.sha256(repr(tokens.shape).encode() + tokens.astype("<i4").tobytes()).hexdigest()
-    return Text(tokens, f"{source}: {len(tokens)} chunks of {n_ctx} tokens{asked}", digest)
+    return Text(tokens, f"{source}: {len(tokens)} chunks of {n_ctx} tokens{asked}", digest, tuple(domains))
 
 
 def sample_chats(
@@ -133,21 +154,24 @@ def sample_chats(
 
 
 def _sampled_chunks(
-    model: Any, tokenizer: Any, conversations: list[Messages], n_ctx: int, n_chunks: int, seed: int
-) -> tuple[list[list[int]], str]:
-    """Chunks packed from sampled chats, and how many prompts that took."""
+    model: Any, tokenizer: Any, entries: list[dict[str, Any]], n_ctx: int, n_chunks: int, seed: int
+) -> tuple[list[list[int]], list[str], str]:
+    """Chunks packed from sampled chats, the family of each, and how many prompts that took."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    encoded = [encode_prompt(tokenizer, messages)[: n_ctx // 2] for messages in conversations]
+    encoded = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
     chunks: list[list[int]] = []
-    filling: list[int] = []
+    domains: list[str] = []
+    filling: dict[str, list[int]] = {_family(entry): [] for entry in entries}
     used, answered = 0, 0
     order: list[int] = []
     bar = progress(total=n_chunks * n_ctx, desc="sample text", unit="tok")
     try:
         while len(chunks) < n_chunks:
-            missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - len(filling))  # the ends of chunks cut chats
+            # the ends of chunks cut chats, and at the end some families' chunks are not full
+            missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - sum(map(len, filling.values())) / 2)
+            missing = max(missing, n_ctx / 2)
             answer = answered / used if used else n_ctx / 4
             members: list[int] = []
             while missing > 0 and len(members) < 4 * _BATCH:
@@ -156,20 +180,19 @@ def _sampled_chunks(
                 members.append(order.pop())
                 missing -= len(encoded[members[-1]]) + answer
             batch = [encoded[at] for at in members]
-            for prompt, chat in zip(
-                batch,
-                sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar),
-                strict=True,
-            ):
-                used, answered = used + 1, answered + len(chat) - len(prompt)
-                filling += chat
-                if len(filling) >= n_ctx:
-                    chunks.append(filling[:n_ctx])
-                    filling = []
+            chats = sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
+            for at, chat in zip(members, chats, strict=True):
+                used, answered = used + 1, answered + len(chat) - len(encoded[at])
+                family = _family(entries[at])
+                filling[family] += chat
+                if len(filling[family]) >= n_ctx:
+                    chunks.append(filling[family][:n_ctx])
+                    domains.append(family)
+                    filling[family] = []
         bar.update(bar.total - bar.n)
     finally:
         bar.close()
-    return chunks[:n_chunks], f"sampled from the model with {used} prompts"
+    return chunks[:n_chunks], domains[:n_chunks], f"sampled from the model with {used} prompts"
 
 
 def answer_batch(
@@ -233,8 +256,8 @@ def answer_batch(
             positions = positions[:, -1:] + 1
 
 
-def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -> list[list[int]]:
-    """Chunks of the files in turn; a file that ends drops out."""
+def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -> tuple[list[list[int]], list[str]]:
+    """Chunks of the files in turn, and the file of each; a file that ends drops out."""
     bos = _bos(tokenizer)
     sources, lengths = [], []
     for path in paths:
@@ -242,8 +265,10 @@ def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -
         lengths.append(len(ids))
         sources.append([ids[at : at + n_ctx] for at in range(0, len(ids) - n_ctx + 1, n_ctx)])
     chunks: list[list[int]] = []
+    domains: list[str] = []
     for turn in range(max(map(len, sources), default=0)):
         chunks += [list(source[turn]) for source in sources if turn < len(source)]
+        domains += [path.name for path, source in zip(paths, sources, strict=True) if turn < len(source)]
     if not chunks:
         names = ", ".join(map(str, paths))
         raise DynqError(
@@ -253,7 +278,7 @@ def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -
     if bos is not None:
         for chunk in chunks:
             chunk[0] = bos
-    return chunks[:n_chunks]
+    return chunks[:n_chunks], domains[:n_chunks]
 
 
 def _file_tokens(path: Path, tokenizer: Any, need: int) -> list[int]:

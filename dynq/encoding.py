@@ -1,0 +1,35 @@
+"""The bytes of a recipe's tensors by the encoders alone, one tensor in memory at a time."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from dynq import codec
+from dynq.checkpoint import Checkpoint
+from dynq.imatrix import Importance
+from dynq.progress import progress
+
+Stream = Iterator[tuple[str, str, np.ndarray]]
+"""Name, format and bytes uint8 ``[..., row bytes]`` of tensors."""
+
+
+def encode(
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, str],
+    importance: Importance | None,
+    *,
+    level: str = "plain",
+    threads: int | None = None,
+    desc: str = "encode",
+) -> Stream:
+    """In the order of chosen: tensor name -> format; level: as in `codec.quantize`."""
+    for name, fmt in progress(chosen.items(), total=len(chosen), desc=desc, unit="tensor"):
+        yield name, fmt, quantize_tensor(checkpoint, name, fmt, importance, level, threads)
+
+
+def quantize_tensor(
+    checkpoint: Checkpoint, name: str, fmt: str, importance: Importance | None, level: str, threads: int | None
+) -> np.ndarray:
+    weights = checkpoint.read(name)
+    mean = importance.mean(name, weights.shape[-1]) if importance is not None else None
+    return codec.quantize(weights, fmt, mean, level=level, threads=threads)

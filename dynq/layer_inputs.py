@@ -1,0 +1,183 @@
+"""What the layers of a model read, and its tensors encoded by that: errors fed back, see `dynq.feedback`."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from dynq import feedback
+from dynq.checkpoint import Checkpoint
+from dynq.encoding import Stream, quantize_tensor
+from dynq.errors import DynqError
+from dynq.files import replacing
+from dynq.imatrix import Importance
+from dynq.kernels import scales
+from dynq.progress import progress
+
+ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
+BUDGET = 4 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
+
+
+def feed_back(
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, str],
+    importance: Importance | None,
+    model: Any,
+    tokens: np.ndarray,
+    domains: Sequence[str],
+    parts: Path,
+    *,
+    batch: int = 4,
+    threads: int | None = None,
+    desc: str = "encode",
+) -> Stream:
+    """By `feedback.encode`, on what the layers of the original read; by `search` what no layer multiplies by.
+
+    model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
+    chunk. Every fourth chunk of a domain is kept aside, see `feedback.encode`.
+    parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
+    A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
+    """
+    parts.mkdir(exist_ok=True)
+    modules = _modules(checkpoint, model)
+    sizes = {name: 2 * len(set(domains)) * 4 * checkpoint.tensors[name].row ** 2 for name in chosen}
+    bar = progress(total=len(chosen), desc=desc, unit="tensor")
+    try:
+        for bunch in _bunches(chosen, sizes):
+            missing = [name for name in bunch if not _part(parts, name).exists()]
+            reading = {n: modules[n] for n in missing if n in modules and scales.grid(chosen[n]) is not None}
+            hessians = collect(model, reading, tokens, domains, batch=batch) if reading else {}
+            for name in bunch:
+                if name in missing:
+                    _encode_part(checkpoint, name, chosen[name], importance, hessians.get(name), parts, threads)
+                with safe_open(_part(parts, name), framework="np") as file:
+                    yield name, chosen[name], file.get_tensor("data")
+                bar.update(1)
+    finally:
+        bar.close()
+
+
+def _encode_part(
+    checkpoint: Checkpoint,
+    name: str,
+    fmt: str,
+    importance: Importance | None,
+    inputs: tuple[list[feedback.Hessian], list[feedback.Hessian]] | None,
+    parts: Path,
+    threads: int | None,
+) -> None:
+    told: dict[str, Any] = {"tensor": name, "format": fmt}
+    if inputs is None:
+        data = quantize_tensor(checkpoint, name, fmt, importance, "search", threads)
+        told |= {"level": "search", "ratios": [], "reason": "nothing is multiplied by it here, or it is not quantized"}
+    else:
+        mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
+        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, threads=threads)
+        data = made.data
+        told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
+    with replacing(_part(parts, name)) as beside:
+        save_file({"data": data}, beside, {"told": json.dumps(told)})
+
+
+def _part(parts: Path, name: str) -> Path:
+    return parts / f"{name}.safetensors"
+
+
+def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, and ratios: the output error on
+    the chunks kept aside over plain encoding's, domain after domain."""
+    found = []
+    for name in names:
+        with safe_open(_part(parts, name), framework="np") as file:
+            found.append(json.loads(file.metadata()["told"]))
+    return found
+
+
+def _modules(checkpoint: Checkpoint, model: Any) -> dict[str, torch.nn.Linear]:
+    """GGUF name -> the linear layer that multiplies by it and by nothing else's weights."""
+    named = dict(model.named_modules())
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        module = named.get(checkpoint.architecture.parameter(name).removesuffix(".weight"))
+        if info.quantizable and isinstance(module, torch.nn.Linear):
+            found[name] = module
+    return found
+
+
+def _bunches(names: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Names in order, in runs whose sizes stay within the budget."""
+    bunch: list[str] = []
+    filled = 0
+    for name in names:
+        if bunch and filled + sizes[name] > BUDGET:
+            yield bunch
+            bunch, filled = [], 0
+        bunch.append(name)
+        filled += sizes[name]
+    if bunch:
+        yield bunch
+
+
+@torch.no_grad()
+def collect(
+    model: Any, modules: Mapping[str, torch.nn.Linear], tokens: np.ndarray, domains: Sequence[str], *, batch: int = 4
+) -> dict[str, tuple[list[feedback.Hessian], list[feedback.Hessian]]]:
+    """Name -> Hessians of a layer's inputs, of every domain: those to fit, and those of the chunks kept aside.
+
+    modules: name -> linear layer; layers that read the same input share their Hessians. tokens int32 [n_chunks, n_ctx].
+    """
+    inputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: Any, args: tuple) -> None:
+            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    head = model.get_output_embeddings() in modules.values()
+    labels = list(dict.fromkeys(domains))
+    sums: dict[tuple[str, str, bool], torch.Tensor] = {}
+    counts: dict[tuple[str, bool], int] = {}
+    shared: dict[str, str] = {}
+    try:
+        with progress(total=len(tokens), desc="layer inputs", unit="chunk") as bar:
+            for domain, aside, rows in _runs(domains, batch):
+                ids = torch.from_numpy(tokens[rows].astype(np.int64)).to(model.device)
+                # the head is spared where its inputs are not wanted
+                model(input_ids=ids, use_cache=False, **({} if head else {"logits_to_keep": 1}))
+                first: dict[int, str] = {}
+                shared = {name: first.setdefault(x.data_ptr(), name) for name, x in inputs.items()}
+                for name in first.values():
+                    x, key = inputs[name].float(), (name, domain, aside)
+                    sums[key] = (x.T @ x).cpu() + sums[key] if key in sums else (x.T @ x).cpu()
+                counts[domain, aside] = counts.get((domain, aside), 0) + ids.numel()
+                inputs.clear()
+                bar.update(len(rows))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def of(name: str, aside: bool) -> list[feedback.Hessian]:
+        keys = [(domain, aside) for domain in labels if (domain, aside) in counts]
+        return [feedback.Hessian(sums[shared[name], *key].numpy(), counts[key]) for key in keys]
+
+    missing = [name for name in modules if name not in shared]
+    if missing:
+        raise DynqError(f"{missing[0]}: the model does not call this layer")
+    return {name: (of(name, False), of(name, True)) for name in modules}
+
+
+def _runs(domains: Sequence[str], batch: int) -> Iterator[tuple[str, bool, list[int]]]:
+    """(domain, whether kept aside, up to ``batch`` chunk numbers): every chunk once."""
+    for domain in dict.fromkeys(domains):
+        own = [i for i, other in enumerate(domains) if other == domain]
+        for aside in (False, True):
+            rows = [i for at, i in enumerate(own) if (at % ASIDE == ASIDE - 1) == aside]
+            for start in range(0, len(rows), batch):
+                yield domain, aside, rows[start : start + batch]
