@@ -76,7 +76,7 @@ def test_range_of_the_file_is_32_nats(tmp_path):
     table[:, 1] = -31.0  # beyond the 16 nats of llama.cpp's file
     tokens = np.zeros((1, 4), np.int32)
     reference = kld.make_reference(Bigram(table), tokens, tmp_path / "ref", desc="")
-    assert float(reference.log_probs(0)[0, 1]) == pytest.approx(-31.0, abs=1e-3)
+    assert float(reference.coded(0).log_probs()[0, 1]) == pytest.approx(-31.0, abs=1e-3)
 
 
 def test_a_large_vocabulary_adds_no_divergence():

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.evaluate import greedy, kld, mmlu, where
+from dynq.evaluate import greedy, kld, mmlu, precision, where
 from dynq.evaluate.original import Text
 from dynq.torch_model import load_tokenizer
 
@@ -61,9 +61,13 @@ class Subject:
         return self._base()
 
     @cached_property
-    def scores(self) -> kld.TokenScores:
+    def measured(self) -> tuple[kld.TokenScores, precision.Arithmetic]:
         base = self.base  # first: making it takes the original's model, which goes before another one comes
-        return kld.measure(self.model, base, desc=self.label)
+        return precision.measure(self.model, base, desc=self.label)
+
+    @property
+    def scores(self) -> kld.TokenScores:
+        return self.measured[0]
 
 
 class Task:
@@ -97,13 +101,13 @@ class Divergence(Task):
     def __init__(self, fingerprint: str, sha256: str, domains: dict[str, int]):
         """fingerprint: of the original; sha256: of the text; domains: as in `Text`."""
         self.domains = domains
-        self.about = [self.name, fingerprint, sha256, domains]
+        self.about = [self.name, fingerprint, sha256, domains, precision.SHARE]
 
     def measure(self, subject: Subject, original: Any = None) -> dict[str, Any]:
-        scores = subject.scores
+        scores, arithmetic = subject.measured
         if not all(np.isfinite(column).all() for column in (scores.kld, scores.nll)):
             raise DynqError("its answers are not finite numbers somewhere in the text: the file is damaged")
-        return {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)}
+        return {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)} | asdict(arithmetic)
 
     def _by_domain(self, scores: kld.TokenScores) -> dict[str, dict[str, float]]:
         scored, at, found = len(scores.kld) // sum(self.domains.values()), 0, {}
