@@ -107,7 +107,7 @@ def log_probabilities(
     model: Any, tokens: np.ndarray, first: int, *, batch: int = 2, desc: str = "reference"
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities of a model chunk by chunk, float32 ``[scored, n_vocab]`` on the model's device."""
-    for chunks in _batches(len(tokens), batch, desc):
+    for chunks in _batches(range(len(tokens)), batch, desc):
         for logits in forward(model, tokens[chunks.start : chunks.stop], first):
             yield log_softmax(logits)
 
@@ -133,10 +133,9 @@ def _normalised(below: torch.Tensor) -> torch.Tensor:
     return below.sub_(below.exp().sum(-1, keepdim=True).log_())
 
 
-def _batches(n_chunks: int, batch: int, desc: str) -> Iterator[range]:
-    starts = range(0, n_chunks, batch)
-    for start in progress(starts, desc=desc, unit="batch") if desc else starts:
-        yield range(start, min(start + batch, n_chunks))
+def _batches(chunks: range, batch: int, desc: str) -> Iterator[range]:
+    parts = [chunks[start : start + batch] for start in range(0, len(chunks), batch)]
+    yield from progress(parts, desc=desc, unit="batch") if desc else parts
 
 
 def make_reference(
@@ -197,11 +196,11 @@ class TokenScores:
 
 @torch.inference_mode()
 def measure(
-    model: Any, reference: Base, *, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
+    model: Any, reference: Base, *, skip: int = 0, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
 ) -> TokenScores:
     """Scores of a model against the reference, token by token, on its first ``chunks`` chunks (all by default).
 
-    An empty desc means no progress bar.
+    The first ``skip`` of them are left out. An empty desc means no progress bar.
     """
     if model.config.get_text_config().vocab_size != reference.n_vocab:
         raise DynqError(
@@ -210,7 +209,7 @@ def measure(
         )
     parts = []
     total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
-    for span in _batches(total, batch, desc):
+    for span in _batches(range(skip, total), batch, desc):
         logits = forward(model, reference.tokens[span.start : span.stop], reference.first)
         for chunk, own in zip(span, logits, strict=True):
             targets = reference.tokens[chunk, reference.first + 1 :].astype(np.int64)

@@ -108,13 +108,19 @@ def measure(model: Any, base: kld.Base, *, desc: str = "evaluate") -> tuple[kld.
 
     try:
         with coarse:
-            if allowed(kld.measure(model, base, chunks=1, desc="")):  # most files of many bits end here
-                scores = kld.measure(model, base, desc=desc)
+            scores = kld.measure(model, base, chunks=1, desc="")
+            if allowed(scores):  # files of many bits mostly end here
+                if len(base.tokens) > 1:
+                    scores = _joined(scores, kld.measure(model, base, skip=1, desc=desc))
                 if allowed(scores):
                     return scores, Arithmetic("bfloat16", floor)
     finally:
         coarse.clear()
     return kld.measure(model, base, desc=desc), Arithmetic("float32", floor)
+
+
+def _joined(first: kld.TokenScores, rest: kld.TokenScores) -> kld.TokenScores:
+    return kld.TokenScores(*map(np.concatenate, zip(vars(first).values(), vars(rest).values(), strict=True)))
 
 
 @torch.inference_mode()

@@ -48,20 +48,22 @@ def compare_rows(logits, codes, step, offset, targets, normalise, floor, out, sa
     best, power = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     sum_q, sum_p, terms = np.empty(LANES), np.empty(LANES), np.empty(LANES)
     for i in range(n):
-        row, code = logits[i], codes[i]
+        row, code, first, width = logits[i], codes[i], offset[i], step[i]
         best[:] = -np.inf
         for k in range(0, whole, LANES):
+            part = row[k : k + LANES]  # j cannot be negative: an index such as k + j would keep the loop scalar
             for j in range(LANES):
-                best[j] = row[k + j] if row[k + j] > best[j] else best[j]
+                best[j] = part[j] if part[j] > best[j] else best[j]
         top = best.max()
         for k in range(whole, v):
             top = max(top, row[k])
         sum_q[:], sum_p[:], terms[:] = 0, 0, 0
         for k in range(0, v, LANES):
             count = min(LANES, v - k)
+            part, own = row[k : k + count], code[k : k + count]
             for j in range(count):
-                q[j] = row[k + j] - top
-                p[j] = offset[i] + step[i] * np.float32(code[k + j])
+                q[j] = part[j] - top
+                p[j] = first + width * np.float32(own[j])
             for j in range(count, LANES):
                 q[j], p[j] = _LOWEST, _LOWEST
             exponentials(q, power, exp_q)
@@ -77,8 +79,8 @@ def compare_rows(logits, codes, step, offset, targets, normalise, floor, out, sa
         log_p = np.log(mass) if normalise else 0.0
         out[i, 0] = (terms.sum() + mass * (log_q - log_p)) / (mass if normalise else 1.0)
         out[i, 1] = log_q - (row[targets[i]] - top)
-        out[i, 2] = log_p - (offset[i] + step[i] * np.float32(code[targets[i]]))
-        base_top = code.max() if step[i] > 0 else code.min()
+        out[i, 2] = log_p - (first + width * np.float32(code[targets[i]]))
+        base_top = code.max() if width > 0 else code.min()
         at = 0
         while at < v - 1 and row[at] != top and code[at] != base_top:
             at += 1
