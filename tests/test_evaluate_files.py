@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dynq.checkpoint import open_checkpoint
 from dynq.cli import app
 from dynq.errors import DynqError
-from dynq.evaluate import files, kld, mmlu, original, tables, where
+from dynq.evaluate import files, kld, mmlu, original, precision, tables, where
 from dynq.evaluate.tasks import Asked
 from dynq.export import export
 from dynq.folder import RunFolder
@@ -24,6 +24,12 @@ from dynq.report import write_files_report
 from dynq.torch_model import load_model
 
 SETTINGS = {"n_ctx": 32, "n_chunks": 3}
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch) -> None:
+    """The same figures on every processor."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +66,7 @@ def with_type(path: Path, to: Path, name: str, kind: int) -> Path:
 
 def other_model(folder: Path, **settings: int) -> Path:
     """A GGUF of a tiny model with other settings."""
-    tiny_models.MODELS[folder.name] = ("llama", settings)
-    try:
-        checkpoint = open_checkpoint(tiny_models.make(folder.name, folder))
-    finally:
-        del tiny_models.MODELS[folder.name]
+    checkpoint = open_checkpoint(tiny_models.make("llama", folder, **settings))
     export(checkpoint, recipe_for(checkpoint, "Q8_0"), None, folder.with_suffix(".gguf"), threads=1)
     return folder.with_suffix(".gguf")
 
@@ -117,6 +119,19 @@ def test_statistics_are_those_of_kld_whole_and_by_domain(made, tmp_path):
     assert np.mean(domains) == pytest.approx(entry["statistics"]["Mean KLD"])
     assert [row["domain"] for row in tables.domain_rows(found)] == ["whole", "dogs.txt", "numbers.txt"]
     assert entry["bpw"] == pytest.approx(8 * entry["tensor_bytes"] / open_checkpoint(made.model).n_weights)
+
+
+def test_bfloat16_is_told(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "SHARE", 0.1)  # this model is sensitive
+    paths, folder = [made.paths["Q4_0"], made.paths["F32"]], RunFolder(tmp_path / "out")
+    found = files.against_original(made.model, paths, folder, text=made.text, **SETTINGS)
+    coarse, fine = found["files"]
+    assert coarse["dtype"] == "bfloat16" and 0 < coarse["floor"] < 0.1 * coarse["statistics"]["Mean KLD"]
+    assert fine["dtype"] == "float32" and abs(fine["statistics"]["Mean KLD"]) < 1e-6
+    notes = [row["note"] for row in tables.rows(found)]
+    assert notes == [f"computed in bfloat16: floor {coarse['floor']:.2g}", None]
+    assert files.against_original(made.model, paths, folder, text=made.text, **SETTINGS) == found  # from what is kept
 
 
 def test_nothing_is_computed_twice(made, tmp_path, monkeypatch):

@@ -63,6 +63,34 @@ def test_scores_equal_the_naive_twin(setup):
     assert len(scores.kld) == CHUNKS * (CTX - 1 - CTX // 2)
 
 
+@pytest.mark.parametrize("v", [1, 63, 64, 200, 5000])
+@pytest.mark.parametrize("floor", [None, -16.0])
+def test_the_kernel_equals_its_twin(v, floor):
+    rng = np.random.default_rng(v)
+    n = 20
+    logits = torch.from_numpy(rng.normal(0, 6, (n, v)).astype(np.float32))
+    codes = rng.integers(0, 65536, (n, v)).astype(np.uint16)
+    codes[: n // 2, 0], logits[: n // 2, 0] = (0 if floor is None else 65535), 40  # agreement at the top
+    logits[:, -1] = -300.0  # beyond e^-87
+    step = np.full(n, (-32.0 if floor is None else 16.5) / 65535, np.float32)
+    offset = np.full(n, 0.0 if floor is None else -16.6, np.float32)
+    coded = kld.Coded(codes, step, offset, normalise=floor is None)
+    targets = rng.integers(0, v, n)
+    values, same_top = kld._compare(logits, coded, targets, floor)
+    twin, same_twin = kld.compare_in_torch(logits.double(), coded, targets, floor)
+    np.testing.assert_allclose(values, twin, rtol=2e-6, atol=1e-5)
+    assert np.array_equal(same_top, same_twin)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_show(bad):
+    logits = torch.zeros(2, 100)
+    logits[1, 70] = bad
+    coded = kld.Coded(np.zeros((2, 100), np.uint16), *np.zeros((2, 2), np.float32), normalise=True)
+    values, _ = kld._compare(logits, coded, np.zeros(2, np.int64), None)
+    assert np.isfinite(values[0]).all() and not np.isfinite(values[1, 0])
+
+
 def test_a_model_does_not_diverge_from_itself(setup):
     _, a, _, reference = setup
     stats = kld.statistics(kld.measure(Bigram(a), reference, desc=""))
@@ -76,7 +104,7 @@ def test_range_of_the_file_is_32_nats(tmp_path):
     table[:, 1] = -31.0  # beyond the 16 nats of llama.cpp's file
     tokens = np.zeros((1, 4), np.int32)
     reference = kld.make_reference(Bigram(table), tokens, tmp_path / "ref", desc="")
-    assert float(reference.log_probs(0)[0, 1]) == pytest.approx(-31.0, abs=1e-3)
+    assert float(reference.coded(0).log_probs()[0, 1]) == pytest.approx(-31.0, abs=1e-3)
 
 
 def test_a_large_vocabulary_adds_no_divergence():

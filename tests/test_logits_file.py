@@ -74,12 +74,12 @@ def test_written_file_equals_the_one_made_by_hand(setup, tmp_path):
     assert (tmp_path / "ours.logits").stat().st_size == (tmp_path / "base.logits").stat().st_size
     assert np.abs(ours.rows[..., 4:].astype(int) - hand.rows[..., 4:]).max() <= 1
     for chunk in range(CHUNKS):
-        torch.testing.assert_close(ours.log_probs(chunk), hand.log_probs(chunk), atol=3e-4, rtol=0)
+        torch.testing.assert_close(ours.coded(chunk).log_probs(), hand.coded(chunk).log_probs(), atol=3e-4, rtol=0)
 
 
 def test_equal_logits_are_one_code(tmp_path):
     logits_file.write(tmp_path / "flat", np.zeros((1, 4), np.int32), 2, [torch.full((1, 2), -np.log(2.0))])
-    assert logits_file.read(tmp_path / "flat").log_probs(0).tolist() == [[pytest.approx(-np.log(2))] * 2]
+    assert logits_file.read(tmp_path / "flat").coded(0).log_probs().tolist() == [[pytest.approx(-np.log(2))] * 2]
 
 
 def test_bos_takes_the_place_of_first_tokens(setup, tmp_path):

@@ -46,14 +46,15 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
 """name -> (transformers' model_type, settings)."""
 
 
-def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB") -> Path:
+def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB", **other: object) -> Path:
     """Save a random model of `MODELS` with a tokenizer. Returns the directory.
 
     Matrices are rounded to F16. Attention is sharp and the final norm is raised until the mean entropy of the next
-    token is below 0.42 log V, so that a mistake anywhere moves the log-probabilities by much.
+    token is below 0.42 log V, so that a mistake anywhere moves the log-probabilities by much. other: settings in place
+    of the model's own.
     """
     model_type, settings = MODELS[name]
-    config = transformers.CONFIG_MAPPING[model_type](**{**COMMON, **settings})
+    config = transformers.CONFIG_MAPPING[model_type](**{**COMMON, **settings, **other})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype="float32").eval()
     with torch.no_grad():
@@ -67,7 +68,7 @@ def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB") -> Pa
                 parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]))
                 parameter.copy_(parameter.half())
         tokens = torch.randint(2, VOCAB, (4, 64))
-        while mean_entropy(model(tokens).logits) > 0.42 * math.log(VOCAB):
+        while mean_entropy(model(tokens).logits) > 0.42 * math.log(config.vocab_size):
             model.model.norm.weight *= 1.1
     model.save_pretrained(directory, max_shard_size=shard)
     # ASCII only: llama.cpp reports no probabilities for a token that ends inside a character

@@ -9,7 +9,7 @@ would hold.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import dynq
 from dynq import export, formats, mixes
 from dynq.allocate import parse_target
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from dynq.evaluate import kld
+from dynq.evaluate import kld, precision
 from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.imatrix import Importance
 from dynq.recipe import Recipe
@@ -148,7 +148,7 @@ def _score(
     paths: dict[str, Path] = {}
     for label, contender in contenders.items():
         source = content_hash(folder / contender.file) if contender.file else imatrix
-        about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source]
+        about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source, precision.SHARE]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         paths[label] = Path("scores") / f"{file_safe(label)}.{key}.json"
 
@@ -163,8 +163,8 @@ def _score(
             else:
                 weights = export.simulate(checkpoint, contender.formats, importance, threads=threads)
                 quantized = load_model(checkpoint, weights)
-            scores = kld.measure(quantized, reference, desc=label)
-            folder.write_json(str(paths[label]), kld.statistics(scores))
+            scores, arithmetic = precision.measure(quantized, reference, desc=label)
+            folder.write_json(str(paths[label]), {"statistics": kld.statistics(scores)} | asdict(arithmetic))
             del quantized
         (folder / "scores" / "reference.u16").unlink()  # vocabulary x tokens x 2 bytes: the largest file of the run
         (folder / "scores" / "reference.json").unlink()
@@ -179,6 +179,5 @@ def _score(
             "file_bytes": (folder / contender.file).stat().st_size if contender.file else None,
             "bpw": 8 * size / checkpoint.n_weights,
             "predicted_kld": contender.predicted_kld,
-            "statistics": folder.read_json(str(paths[label])),
-        }
+        } | folder.read_json(str(paths[label]))
     return entries

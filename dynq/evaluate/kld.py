@@ -9,7 +9,8 @@ position over 150,000 tokens still shows a divergence of 7e-5 from itself.
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,35 @@ import torch
 
 from dynq.errors import DynqError
 from dynq.files import replacing
+from dynq.kernels import divergence
 from dynq.progress import progress
 
 RANGE = 32.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.0005
 STEP = np.float32(RANGE / 65535)
 TOP_PERCENTILES = (99.9, 99.0, 95.0, 90.0)
 LOW_PERCENTILES = (10.0, 5.0, 1.0, 0.1)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Log-probabilities of a chunk as they are stored: ``offset + step * codes``.
+
+    codes uint16 ``[scored, n_vocab]``; step, offset float32 ``[scored]``; normalise: whether they are to be made to sum
+    to 1 again.
+    """
+
+    codes: np.ndarray
+    step: np.ndarray
+    offset: np.ndarray
+    normalise: bool
+
+    def log_probs(self, device: Any = "cpu") -> torch.Tensor:
+        """float32 ``[scored, n_vocab]``."""
+        values = self.codes.astype(np.float32)
+        values *= self.step[:, None]
+        values += self.offset[:, None]
+        log_p = torch.from_numpy(values).to(device)
+        return _normalised(log_p) if self.normalise else log_p
 
 
 class Base(Protocol):
@@ -44,8 +68,7 @@ class Base(Protocol):
     def floor(self) -> float | None:
         """Tokens at or below this log-probability do not count in the KLD; None: all count."""
 
-    def log_probs(self, chunk: int, device: Any = "cpu") -> torch.Tensor:
-        """float32 ``[scored, n_vocab]``."""
+    def coded(self, chunk: int) -> Coded: ...
 
 
 @dataclass(frozen=True)
@@ -73,10 +96,10 @@ class Reference:
     def floor(self) -> None:
         return None
 
-    def log_probs(self, chunk: int, device: Any = "cpu") -> torch.Tensor:
-        """float32 ``[scored, n_vocab]``, normalised again after the rounding to 16 bits."""
-        depth = torch.from_numpy(self.depth[chunk].astype(np.float32)).to(device)
-        return _normalised(depth.mul_(-float(STEP)))
+    def coded(self, chunk: int) -> Coded:
+        """Rounded to 16 bits, so they are to be normalised again."""
+        zero = np.zeros(self.scored, np.float32)
+        return Coded(self.depth[chunk], zero - STEP, zero, normalise=True)
 
 
 @torch.inference_mode()
@@ -84,20 +107,21 @@ def log_probabilities(
     model: Any, tokens: np.ndarray, first: int, *, batch: int = 2, desc: str = "reference"
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities of a model chunk by chunk, float32 ``[scored, n_vocab]`` on the model's device."""
-    for chunks in _batches(len(tokens), batch, desc):
-        yield from _forward(model, tokens[chunks.start : chunks.stop], first)
+    for chunks in _batches(range(len(tokens)), batch, desc):
+        for logits in forward(model, tokens[chunks.start : chunks.stop], first):
+            yield log_softmax(logits)
 
 
-def _forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
-    """Log-probabilities float32 ``[chunks, scored, n_vocab]`` of a few chunks."""
+def forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
+    """Logits float32 ``[chunks, scored, n_vocab]`` of a few chunks."""
     ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
     # logits_to_keep spares the head the positions that are not scored
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
-    return log_softmax(logits[:, :-1].float())
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits
+    return logits[:, :-1].float()
 
 
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities float32 of logits float32, along the last axis."""
+    """Log-probabilities of logits float32 ``[..., n_vocab]``."""
     return _normalised(logits - logits.amax(-1, keepdim=True))
 
 
@@ -109,10 +133,9 @@ def _normalised(below: torch.Tensor) -> torch.Tensor:
     return below.sub_(below.exp().sum(-1, keepdim=True).log_())
 
 
-def _batches(n_chunks: int, batch: int, desc: str) -> Iterator[range]:
-    starts = range(0, n_chunks, batch)
-    for start in progress(starts, desc=desc, unit="batch") if desc else starts:
-        yield range(start, min(start + batch, n_chunks))
+def _batches(chunks: range, batch: int, desc: str) -> Iterator[range]:
+    parts = [chunks[start : start + batch] for start in range(0, len(chunks), batch)]
+    yield from progress(parts, desc=desc, unit="batch") if desc else parts
 
 
 def make_reference(
@@ -172,42 +195,76 @@ class TokenScores:
 
 
 def measure(
-    model: Any, reference: Base, *, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
+    model: Any, reference: Base, *, skip: int = 0, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
 ) -> TokenScores:
     """Scores of a model against the reference, token by token, on its first ``chunks`` chunks (all by default).
 
-    An empty desc means no progress bar.
+    The first ``skip`` of them are left out. An empty desc means no progress bar.
     """
     if model.config.get_text_config().vocab_size != reference.n_vocab:
         raise DynqError(
             f"the model has {model.config.get_text_config().vocab_size} tokens in its vocabulary, the reference "
             f"{reference.n_vocab}: not the same model"
         )
-    log_q = log_probabilities(model, reference.tokens[:chunks], reference.first, batch=batch, desc=desc)
-    return score(log_q, reference)
+    total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
+    rows = range(skip, total)
+    spans = _batches(rows, batch, desc)
+    tokens, first = reference.tokens, reference.first
+    return score(
+        (own for span in spans for own in forward(model, tokens[span.start : span.stop], first)), reference, rows
+    )
 
 
 @torch.inference_mode()
-def score(log_probs: Iterable[torch.Tensor], reference: Base) -> TokenScores:
-    """Scores of log-probabilities float32 ``[scored, n_vocab]``, one for each of the reference's first chunks."""
-    columns: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(TokenScores)}
-    for chunk, lq in enumerate(log_probs):
-        lp = reference.log_probs(chunk, lq.device)
-        target = torch.from_numpy(reference.tokens[chunk, reference.first + 1 :].astype(np.int64)).to(lq.device)
-        nll, nll_base = (-x.gather(-1, target[:, None])[:, 0].double() for x in (lq, lp))
-        terms = lp.exp() * (lp - lq)
-        if reference.floor is not None:
-            terms[lp <= reference.floor] = 0
-        row = {
-            "kld": terms.sum(-1).double(),
-            "nll": nll,
-            "nll_base": nll_base,
-            "p_diff": (-nll).exp() - (-nll_base).exp(),
-            "same_top": lp.argmax(-1) == lq.argmax(-1),
-        }
-        for name, value in row.items():
-            columns[name].append(value.cpu().numpy())
-    return TokenScores(**{name: np.concatenate(parts) for name, parts in columns.items()})
+def score(logits: Iterable[torch.Tensor], reference: Base, rows: Iterable[int] | None = None) -> TokenScores:
+    """Scores of logits float32 ``[scored, n_vocab]``, one for each of these chunks of the reference, by default all."""
+    parts = []
+    for chunk, own in zip(range(len(reference.tokens)) if rows is None else rows, logits, strict=True):
+        targets = reference.tokens[chunk, reference.first + 1 :].astype(np.int64)
+        compare = _compare if own.device.type == "cpu" else compare_in_torch
+        parts.append(compare(own, reference.coded(chunk), targets, reference.floor))
+    values, same_top = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    kld, nll, nll_base = np.ascontiguousarray(values.T)
+    return TokenScores(kld, nll, nll_base, np.exp(-nll) - np.exp(-nll_base), same_top)
+
+
+def _compare(
+    logits: torch.Tensor, base: Coded, targets: np.ndarray, floor: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `compare_in_torch` gives, by the compiled kernel on as many threads as torch has."""
+    values, same_top = np.empty((len(targets), 3)), np.empty(len(targets), np.bool_)
+    rows, lowest = logits.contiguous().numpy(), np.float32(-np.inf if floor is None else floor)
+
+    def work(part: np.ndarray) -> None:
+        own = slice(part[0], part[-1] + 1)
+        coded = (np.ascontiguousarray(x[own]) for x in (base.codes, base.step, base.offset))
+        divergence.compare_rows(rows[own], *coded, targets[own], base.normalise, lowest, values[own], same_top[own])
+
+    threads = min(torch.get_num_threads(), len(targets))
+    parts = np.array_split(np.arange(len(targets)), threads)
+    if threads == 1:
+        work(parts[0])
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, parts))
+    return values, same_top
+
+
+def compare_in_torch(
+    logits: torch.Tensor, base: Coded, targets: np.ndarray, floor: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """float64 ``[scored, 3]`` (kld, nll, nll_base) and same_top bool ``[scored]``, on the device of the logits.
+
+    logits float32 ``[scored, n_vocab]``; targets int64 ``[scored]``: the tokens that follow.
+    """
+    lq, lp = log_softmax(logits), base.log_probs(logits.device)
+    target = torch.from_numpy(targets).to(logits.device)
+    nll, nll_base = (-x.gather(-1, target[:, None])[:, 0] for x in (lq, lp))
+    terms = lp.exp() * (lp - lq)
+    if floor is not None:
+        terms[lp <= floor] = 0
+    values = torch.stack([terms.sum(-1), nll, nll_base], -1).double()
+    return values.cpu().numpy(), (lp.argmax(-1) == lq.argmax(-1)).cpu().numpy()
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

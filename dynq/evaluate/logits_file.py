@@ -16,12 +16,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dynq.errors import DynqError
+from dynq.evaluate.kld import Coded
 from dynq.files import replacing
 
 MAGIC = b"_logits_"
@@ -59,12 +59,11 @@ class LogitsFile:
         tokens[:, 0] = tokens[:, 0] if bos is None else bos
         return replace(self, tokens=tokens)
 
-    def log_probs(self, chunk: int, device: Any = "cpu") -> torch.Tensor:
-        """float32 ``[scored, n_vocab]``, as stored: clipped, and not normalised again."""
-        rows = np.ascontiguousarray(self.rows[chunk])
-        scale, lowest = rows[:, :_HEAD].view("<f4").T
-        codes = rows[:, _HEAD : _HEAD + self.n_vocab].astype(np.float32)
-        return torch.from_numpy(codes * scale[:, None] + lowest[:, None]).to(device)
+    def coded(self, chunk: int) -> Coded:
+        """As stored: clipped, and not to be normalised again."""
+        rows = self.rows[chunk]
+        step, lowest = np.ascontiguousarray(rows[:, :_HEAD]).view("<f4").T
+        return Coded(rows[:, _HEAD : _HEAD + self.n_vocab], step, lowest, normalise=False)
 
 
 def read(path: str | Path) -> LogitsFile:

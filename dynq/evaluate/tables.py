@@ -28,6 +28,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         if with_mixes:
             row["/ mixes"] = entry.get("kld_ratio")
         notes = [f"dominated by {entry['dominated_by']}"] if entry.get("dominated_by") else []
+        notes += [f"computed in bfloat16: floor {entry['floor']:.2g}"] if entry["dtype"] == "bfloat16" else []
         notes += [f"no {task}: {reason}" for task, reason in entry.get("not_measured", {}).items()]
         found.append(row | {"note": "; ".join(notes) or None})
     empty = dict.fromkeys(found[0] if found else ("file", "note"))

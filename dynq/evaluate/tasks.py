@@ -16,7 +16,7 @@ import torch
 from dynq import libllama
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.evaluate import greedy, kld, mmlu, where
+from dynq.evaluate import greedy, kld, mmlu, precision, where
 from dynq.evaluate.original import Text
 from dynq.progress import progress
 from dynq.torch_model import load_tokenizer
@@ -66,9 +66,13 @@ class Subject:
         return self._base()
 
     @cached_property
-    def scores(self) -> kld.TokenScores:
+    def measured(self) -> tuple[kld.TokenScores, precision.Arithmetic]:
         base = self.base  # first: making it takes the original's model, which goes before another one comes
-        return kld.measure(self.model, base, desc=self.label)
+        return precision.measure(self.model, base, desc=self.label)
+
+    @property
+    def scores(self) -> kld.TokenScores:
+        return self.measured[0]
 
     def release(self) -> None:
         """Give the model's memory back."""
@@ -106,16 +110,17 @@ class Divergence(Task):
     def __init__(self, fingerprint: str, sha256: str, domains: dict[str, int]):
         """fingerprint: of the original; sha256: of the text; domains: as in `Text`."""
         self.domains = domains
-        self.about = [self.name, fingerprint, sha256, domains]
+        self.about = [self.name, fingerprint, sha256, domains, precision.SHARE]
 
     def measure(self, subject: Subject, original: Any = None) -> dict[str, Any]:
-        scores = self._scores(subject)
+        scores, told = self._measured(subject)
         if not all(np.isfinite(column).all() for column in (scores.kld, scores.nll)):
             raise DynqError("its answers are not finite numbers somewhere in the text: the file is damaged")
-        return {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)}
+        return {"statistics": kld.statistics(scores), "domains": self._by_domain(scores)} | told
 
-    def _scores(self, subject: Subject) -> kld.TokenScores:
-        return subject.scores
+    def _measured(self, subject: Subject) -> tuple[kld.TokenScores, dict[str, Any]]:
+        scores, arithmetic = subject.measured
+        return scores, asdict(arithmetic)
 
     def _by_domain(self, scores: kld.TokenScores) -> dict[str, dict[str, float]]:
         scored, at, found = len(scores.kld) // sum(self.domains.values()), 0, {}
@@ -137,7 +142,7 @@ class InEngine(Divergence):
         self.library = library
         self.about.append(library.name)
 
-    def _scores(self, subject: Subject) -> kld.TokenScores:
+    def _measured(self, subject: Subject) -> tuple[kld.TokenScores, dict[str, Any]]:
         base, path = subject.base, subject.checkpoint.path
         subject.release()
         with libllama.Llama(self.library, path, n_ctx=base.tokens.shape[1], threads=torch.get_num_threads()) as model:
@@ -145,7 +150,7 @@ class InEngine(Divergence):
                 raise DynqError(f"{path}: llama.cpp sees {model.n_vocab:,} tokens, the reference has {base.n_vocab:,}")
             chunks = progress(base.tokens, desc=f"{subject.label}: llama.cpp", unit="chunk")
             logits = (torch.from_numpy(model.logits(chunk, base.first)) for chunk in chunks)
-            return kld.score(map(kld.log_softmax, logits), base)
+            return kld.score(logits, base), {}
 
     def describe(self, original: Any = None) -> dict[str, Any]:
         return {"name": "llama.cpp", "library": self.library.name}

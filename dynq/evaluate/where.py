@@ -67,7 +67,7 @@ def worst_tokens(
         tokens = reference.tokens[chunk]
         ids = torch.from_numpy(tokens[None, :at].astype(np.int64)).to(model.device)
         q = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float().softmax(-1).cpu()
-        p = reference.log_probs(chunk)[place].exp()
+        p = reference.coded(chunk).log_probs()[place].exp()
 
         def guess(token: int, p: torch.Tensor = p, q: torch.Tensor = q) -> Guess:
             return Guess(token, _text(tokenizer, token), float(p[token]), float(q[token]))
