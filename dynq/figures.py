@@ -247,8 +247,7 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
     for entry in told:
         kind = tensors[entry["tensor"]].kind
         if entry["level"] == "feedback":
-            mean = math.exp(sum(map(math.log, entry["ratios"])) / len(entry["ratios"]))
-            by_kind.setdefault(kind, []).append((entry["tensor"], mean))
+            by_kind.setdefault(kind, []).append((entry["tensor"], entry["gain"]))
         elif tensors[entry["tensor"]].quantizable:
             left.setdefault(kind, []).append(entry)
     figure = go.Figure()

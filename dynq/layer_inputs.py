@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from dynq.files import replacing
 from dynq.imatrix import Importance
 from dynq.kernels import scales
 from dynq.progress import progress
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
 BUDGET = 4 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
@@ -89,13 +92,24 @@ def _part(parts: Path, name: str) -> Path:
 
 
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, and ratios: the output error on
-    the chunks kept aside over plain encoding's, domain after domain."""
+    """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, ratios (the squared output error
+    on the chunks kept aside over plain encoding's, domain after domain) and gain, their geometric mean (1 of none)."""
     found = []
     for name in names:
         with safe_open(_part(parts, name), framework="np") as file:
-            found.append(json.loads(file.metadata()["told"]))
+            told = json.loads(file.metadata()["told"])
+        found.append(told | {"gain": float(np.exp(np.mean(np.log(told["ratios"])))) if told["ratios"] else 1.0})
     return found
+
+
+def expected_kld(table: "pyarrow.Table", told: Sequence[Mapping[str, Any]]) -> float:
+    """What a sensitivity table of plain encodings predicts once errors are fed back: the sum over tensors of predicted
+    KLD times the mean ratio of output errors, which is the ratio of the quadratic forms where tokens weigh alike.
+
+    told: as `reports` gives it, of formats that the table has; other tensors count as without loss.
+    """
+    plain = {(row["tensor"], row["format"]): row["predicted_kld"] for row in table.to_pylist()}
+    return sum(plain.get((entry["tensor"], entry["format"]), 0.0) * entry["gain"] for entry in told)
 
 
 def _modules(checkpoint: Checkpoint, model: Any) -> dict[str, torch.nn.Linear]:

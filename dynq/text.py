@@ -98,7 +98,8 @@ def load_text(
 
     spec: "" or "sampled": answers that `model` gives to `prompts(split)`, see `sample_chats`; every chunk starts with
             the start of a conversation, the last one in it is cut. A chunk holds conversations of one family (code,
-            knowledge, chats, other languages).
+            knowledge, chats, other languages). Of the calibration split every second chunk holds documents, which
+            the model begins by itself: with them feedback errs less on every kind of text (LOG, "Calibration text").
         Otherwise a path or several, separated by commas. Chunks are taken from the start of each file, and from
             several files in turn, one chunk each, until they are enough. Markers of special tokens in a file count as
             those tokens (``llama-imatrix --parse-special``). Files are
@@ -117,7 +118,7 @@ def load_text(
     if spec in ("", "sampled"):
         if model is None:
             raise DynqError("text sampled from the model needs the model; pass it, or name a file")
-        chunks, domains, source = _sampled_chunks(model, tokenizer, _entries(split), n_ctx, n_chunks, seed)
+        chunks, domains, source = _sampled_chunks(model, tokenizer, split, n_ctx, n_chunks, seed)
         source = f"{source} ({split} split), seed {seed}"
     else:
         paths = text_files(spec)
@@ -154,22 +155,26 @@ def sample_chats(
 
 
 def _sampled_chunks(
-    model: Any, tokenizer: Any, entries: list[dict[str, Any]], n_ctx: int, n_chunks: int, seed: int
+    model: Any, tokenizer: Any, split: str, n_ctx: int, n_chunks: int, seed: int
 ) -> tuple[list[list[int]], list[str], str]:
-    """Chunks packed from sampled chats, the family of each, and how many prompts that took."""
+    """Chunks packed from sampled chats and documents, the domain of each, and what was sampled."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    encoded = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
-    chunks: list[list[int]] = []
-    domains: list[str] = []
-    filling: dict[str, list[int]] = {_family(entry): [] for entry in entries}
-    used, answered = 0, 0
-    order: list[int] = []
+    entries = _entries(split)
+    prompts = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
+    start = _document_start(model, tokenizer)
+    n_documents = 0 if split == "evaluate" or start is None else n_chunks // 2
     bar = progress(total=n_chunks * n_ctx, desc="sample text", unit="tok")
-    try:
+
+    def packed(encoded: list[list[int]], families: list[str], n_chunks: int) -> tuple[list[tuple[str, list[int]]], int]:
+        """(family, chunk) of as many chunks, and how many samples that took."""
+        chunks: list[tuple[str, list[int]]] = []
+        filling: dict[str, list[int]] = {family: [] for family in families}
+        used, answered = 0, 0
+        order: list[int] = []
         while len(chunks) < n_chunks:
-            # the ends of chunks cut chats, and at the end some families' chunks are not full
+            # the ends of chunks cut samples, and at the end some families' chunks are not full
             missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - sum(map(len, filling.values())) / 2)
             missing = max(missing, n_ctx / 2)
             answer = answered / used if used else n_ctx / 4
@@ -180,19 +185,33 @@ def _sampled_chunks(
                 members.append(order.pop())
                 missing -= len(encoded[members[-1]]) + answer
             batch = [encoded[at] for at in members]
-            chats = sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
-            for at, chat in zip(members, chats, strict=True):
-                used, answered = used + 1, answered + len(chat) - len(encoded[at])
-                family = _family(entries[at])
-                filling[family] += chat
+            samples = sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
+            for at, sample in zip(members, samples, strict=True):
+                used, answered = used + 1, answered + len(sample) - len(encoded[at])
+                family = families[at]
+                filling[family] += sample
                 if len(filling[family]) >= n_ctx:
-                    chunks.append(filling[family][:n_ctx])
-                    domains.append(family)
+                    chunks.append((family, filling[family][:n_ctx]))
                     filling[family] = []
+        return chunks[:n_chunks], used
+
+    try:
+        chats, asked = packed(prompts, [_family(entry) for entry in entries], n_chunks - n_documents)
+        documents, begun = packed([[start or 0]], ["documents"], n_documents)
         bar.update(bar.total - bar.n)
     finally:
         bar.close()
-    return chunks[:n_chunks], domains[:n_chunks], f"sampled from the model with {used} prompts"
+    turns = [pair for turn in zip(chats, documents, strict=False) for pair in turn]
+    chunks = [*turns, *chats[len(documents) :]]
+    source = f"sampled from the model with {asked} prompts" + (f" and {begun} documents" if begun else "")
+    return [chunk for _, chunk in chunks], [family for family, _ in chunks], source
+
+
+def _document_start(model: Any, tokenizer: Any) -> int | None:
+    """The token that a text begins with, None where the model has none."""
+    config = model.config.get_text_config()
+    found: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    return found
 
 
 def answer_batch(

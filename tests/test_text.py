@@ -278,7 +278,8 @@ def test_sampled_chunks(tiny) -> None:
     assert one.sha256 == two.sha256 != other.sha256
     assert torch.equal(before, torch.random.get_rng_state())  # nobody else's random numbers are used up
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert (one.tokens[:, 0] == start).all()  # every chunk starts with a conversation
+    assert one.tokens[:, 0].tolist() == [start, tokenizer.bos_token_id]  # a conversation's start, a document's
+    assert (other.tokens[:, 0] == start).all()
     assert re.fullmatch(
         r"sampled from the model with \d+ prompts \(evaluate split\), seed 6: 2 chunks of 64 tokens", other.description
     )
@@ -293,3 +294,18 @@ def test_base_model_without_template(tiny) -> None:
         tokenizer.chat_template = template
     assert text.tokens.shape == (1, 64)
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") != text.tokens[0, 0]
+
+
+def test_domains_of_chunks(tiny, tmp_path) -> None:
+    model, tokenizer = tiny
+    text = load_text("", tokenizer, n_ctx=64, n_chunks=6, seed=0, model=model)
+    assert text.domains[1::2] == ("documents",) * 3 and "documents" not in text.domains[::2]
+    assert set(text.domains) <= {"documents", "chats", "code", "knowledge", "other languages"}
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else model.config.bos_token_id
+    assert (text.tokens[1::2, 0] == begin).all()
+    held_out = load_text("", tokenizer, n_ctx=64, n_chunks=3, seed=0, model=model, split="evaluate")
+    assert "documents" not in held_out.domains
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"the text of {name} goes on and on. " * 40)
+    files = load_text(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", tokenizer, n_ctx=16, n_chunks=5, seed=0)
+    assert files.domains == ("a.txt", "b.txt", "a.txt", "b.txt", "a.txt")

@@ -84,7 +84,8 @@ def compare(
         file = f"{file_safe(target)}.gguf"
         around = mixes.neighbours(recipe.tensor_bytes, tensors, metadata, True)
         same = uniform_below(recipe.tensor_bytes, tensors)
-        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, recipe.predicted_kld)
+        predicted = folder.read_json(f"{file_safe(target)}.export.json")["predicted_kld"]
+        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, predicted)
         beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
         like = parse_target(target).like
         if like and like not in around[:2]:

@@ -1,0 +1,116 @@
+"""What layers read, and encoding by it: against plain NumPy sums, and `feedback.encode` called by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from dynq import feedback, layer_inputs
+from dynq.checkpoint import open_checkpoint
+from dynq.encoding import quantize_tensor
+from dynq.errors import DynqError
+from dynq.imatrix import Importance
+from dynq.layer_inputs import collect, feed_back, reports
+from dynq.torch_model import load_model
+
+N_CTX = 32
+DOMAINS = ["code", "chats"] * 9
+
+
+@pytest.fixture(scope="module")
+def parts_of(tmp_path_factory):
+    checkpoint = open_checkpoint(tiny_models.make("llama", tmp_path_factory.mktemp("tiny"), intermediate_size=256))
+    tokens = np.random.default_rng(0).integers(2, 300, (len(DOMAINS), N_CTX)).astype(np.int32)
+    return checkpoint, load_model(checkpoint), tokens
+
+
+def _importance(checkpoint) -> Importance:
+    rng = np.random.default_rng(1)
+    sums = {n: rng.random((1, i.row), np.float32) + 0.1 for n, i in checkpoint.tensors.items() if i.quantizable}
+    counts = {name: np.ones(1, np.float32) for name in sums}
+    return Importance(sums, counts, [], 1, N_CTX)
+
+
+def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
+    _, model, tokens = parts_of
+    layers = {"q": model.model.layers[1].self_attn.q_proj, "v": model.model.layers[1].self_attn.v_proj}
+    layers["down"] = model.model.layers[2].mlp.down_proj
+    found = collect(model, layers, tokens, DOMAINS, batch=2)
+
+    read: dict[str, list[np.ndarray]] = {name: [] for name in layers}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: read[name].append(args[0].double().numpy()))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        for row in tokens:
+            model(torch.from_numpy(row[None].astype(np.int64)))
+    for handle in handles:
+        handle.remove()
+    aside = {domain: [i for i, d in enumerate(DOMAINS) if d == domain][3::4] for domain in ("code", "chats")}
+    for name, (fit, kept) in found.items():
+        for k, domain in enumerate(("code", "chats")):
+            own = [i for i, d in enumerate(DOMAINS) if d == domain]
+            for hessian, rows in (
+                (fit[k], [i for i in own if i not in aside[domain]]),
+                (kept[k], aside[domain]),
+            ):
+                x = np.concatenate([read[name][i][0] for i in rows])
+                assert hessian.tokens == len(x) == len(rows) * N_CTX
+                np.testing.assert_allclose(hessian.matrix, x.T @ x, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x).max())
+    assert found["q"][0][0].matrix is found["v"][0][0].matrix or np.array_equal(
+        found["q"][0][0].matrix, found["v"][0][0].matrix
+    )
+
+
+def test_a_layer_that_is_never_called_is_named(parts_of) -> None:
+    _, model, tokens = parts_of
+    with pytest.raises(DynqError, match="idle: the model does not call this layer"):
+        collect(model, {"idle": torch.nn.Linear(8, 8)}, tokens[:2], DOMAINS[:2])
+
+
+def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_path, monkeypatch) -> None:
+    checkpoint, model, tokens = parts_of
+    importance = _importance(checkpoint)
+    chosen = {n: ("Q4_0" if i.quantizable else "F32") for n, i in checkpoint.tensors.items()}
+    chosen["blk.1.ffn_down.weight"] = "Q8_0"  # feedback does not know it
+
+    def run(parts):
+        return {
+            name: (fmt, data.copy())
+            for name, fmt, data in feed_back(
+                checkpoint, chosen, importance, model, tokens, DOMAINS, parts, batch=4, threads=1
+            )
+        }
+
+    whole = run(tmp_path / "a")
+    assert list(whole) == list(chosen)
+    told = {entry["tensor"]: entry for entry in reports(tmp_path / "a", list(chosen))}
+    assert told["token_embd.weight"]["level"] == told["blk.1.ffn_down.weight"]["level"] == "search"
+    levels = [entry["level"] for entry in told.values()]
+    assert levels.count("feedback") > 5, told
+    assert json.loads(json.dumps(told)) == told
+
+    name = next(n for n, entry in told.items() if entry["level"] == "feedback")
+    module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
+    inputs = collect(model, {name: module}, tokens, DOMAINS, batch=4)[name]
+    mean = importance.mean(name, checkpoint.tensors[name].row)
+    by_hand = feedback.encode(checkpoint.read(name), "Q4_0", *inputs, mean, threads=1)
+    assert np.array_equal(by_hand.data, whole[name][1])
+    for n in ("token_embd.weight", "blk.1.ffn_down.weight"):
+        assert np.array_equal(whole[n][1], quantize_tensor(checkpoint, n, chosen[n], importance, "search", 1))
+
+    # cut off after some tensors, and with room for one tensor's Hessians at a time: the same bytes
+    stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "b", batch=4, threads=1)
+    for _ in range(7):
+        next(stream)
+    stream.close()
+    kept = sorted((tmp_path / "b").iterdir())
+    assert len(kept) == 7
+    before = [path.stat().st_mtime_ns for path in kept]
+    monkeypatch.setattr(layer_inputs, "BUDGET", 1)
+    again = run(tmp_path / "b")
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert all(np.array_equal(again[n][1], whole[n][1]) for n in chosen)
