@@ -162,7 +162,7 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     codec.check_level(steps["sensitivity"]["level"])
     for step, own in steps.items():
         if step.startswith("export."):
-            codec.check_level(own["level"], more=("feedback",))
+            codec.check_level(own["encoding"], more=("feedback",))
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     for file in steps["evaluate"]["files"]:
         if not Path(file).expanduser().is_file():
