@@ -30,8 +30,8 @@ SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until
 TOLERANCE = 0.01
 GAIN = 0.98  # of the plain (or search) error, at most, in every domain: less of a gain may be chance
 ROWS = 256  # rows worked on at a time; the bytes depend on it, as sums of matrix products do on their shape
-GUARD, GUARD_ROWS = 0.99, 128  # largest error ratio of a domain that was left out, and the rows it is measured on
-TRIAL_ROWS = 256  # rows on which the shrinkage is chosen
+GUARD, GUARD_ROWS = 0.99, 64  # largest error ratio of a domain that was left out, and the rows it is measured on
+TRIAL_ROWS = 128  # rows on which the shrinkage is chosen
 FITTED, ASIDE = 1, 0.25  # inputs needed per column; with fewer the tensor is not fed back
 F = np.float32
 
