@@ -108,7 +108,7 @@ def measure(model: Any, base: kld.Base, *, desc: str = "evaluate") -> tuple[kld.
 
     try:
         with coarse:
-            scores = kld.measure(model, base, chunks=1, desc="")
+            scores = kld.measure(model, base, chunks=1, desc="" if len(base.tokens) > 1 else desc)
             if allowed(scores):  # files of many bits mostly end here
                 if len(base.tokens) > 1:
                     scores = _joined(scores, kld.measure(model, base, skip=1, desc=desc))
