@@ -57,7 +57,9 @@ def feed_back(
             hessians = collect(model, reading, tokens, domains, batch=batch) if reading else {}
             for name in bunch:
                 if name in missing:
-                    _encode_part(checkpoint, name, chosen[name], importance, hessians.get(name), parts, threads)
+                    read = hessians.get(name)
+                    reason = f"{chosen[name]} has no feedback" if name in modules else "looked up, or not quantized"
+                    _encode_part(checkpoint, name, chosen[name], importance, read or reason, parts, threads)
                 with safe_open(_part(parts, name), framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")
                 bar.update(1)
@@ -70,14 +72,15 @@ def _encode_part(
     name: str,
     fmt: str,
     importance: Importance | None,
-    inputs: tuple[list[feedback.Hessian], list[feedback.Hessian]] | None,
+    inputs: tuple[list[feedback.Hessian], list[feedback.Hessian]] | str,
     parts: Path,
     threads: int | None,
 ) -> None:
+    """inputs: Hessians to fit and kept aside, or why there are none."""
     told: dict[str, Any] = {"tensor": name, "format": fmt}
-    if inputs is None:
+    if isinstance(inputs, str):
         data = quantize_tensor(checkpoint, name, fmt, importance, "search", threads)
-        told |= {"level": "search", "ratios": [], "reason": "nothing is multiplied by it here, or it is not quantized"}
+        told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
     else:
         mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
         made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, threads=threads)
@@ -187,11 +190,20 @@ def collect(
     return {name: (of(name, False), of(name, True)) for name in modules}
 
 
+def kept_aside(domains: Sequence[str]) -> np.ndarray:
+    """bool ``[n_chunks]``: whether a chunk is one of those that judge, the last of every `ASIDE` of its domain."""
+    labels = np.array(domains)
+    aside = np.zeros(len(labels), bool)
+    for domain in dict.fromkeys(domains):
+        aside[np.flatnonzero(labels == domain)[ASIDE - 1 :: ASIDE]] = True
+    return aside
+
+
 def _runs(domains: Sequence[str], batch: int) -> Iterator[tuple[str, bool, list[int]]]:
     """(domain, whether kept aside, up to ``batch`` chunk numbers): every chunk once."""
+    apart = kept_aside(domains)
     for domain in dict.fromkeys(domains):
-        own = [i for i, other in enumerate(domains) if other == domain]
         for aside in (False, True):
-            rows = [i for at, i in enumerate(own) if (at % ASIDE == ASIDE - 1) == aside]
+            rows = [i for i, own in enumerate(domains) if own == domain and apart[i] == aside]
             for start in range(0, len(rows), batch):
                 yield domain, aside, rows[start : start + batch]
