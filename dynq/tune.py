@@ -8,7 +8,7 @@ takes the steps; the result is rounded to half floats. Norms and biases, F32 in 
 value. Scales as the parameters of distillation: PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024).
 
 How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. It is a fraction of the
-tensor's relative error, halved each time that a pass over the text does not lower the KLD on chunks kept aside, as the
+tensor's relative error, halved each time that a pass over the text hardly lowers the KLD on chunks kept aside, as the
 file would be written. The best state is returned, and the bytes as they came where that gains nothing.
 """
 
@@ -36,7 +36,8 @@ RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 LIMITS = (0.5, 2.0)  # of a multiplier
-HALVINGS = 3  # of the rate, before the search ends
+LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
+HALVINGS = 2  # before the search ends
 
 
 @dataclass(frozen=True)
@@ -233,28 +234,27 @@ class _Search:
         kept = [b.m.clone() for b in self.blocks]
         history: list[tuple[float, float]] = []
         scale, taken, halvings = 1.0, 0, 0
-        adam = self._adam(scale)
+        adam = torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.blocks], betas=BETAS)
         with progress(total=passes * -(-n // batch), desc="tune", unit="step") as bar:
             for _ in range(passes):
                 order = rng.permutation(n)
                 for start in range(0, n, batch):
-                    loss = self._step(adam, order[start : start + batch], taken)
                     taken += 1
+                    loss = self._step(adam, order[start : start + batch], scale * min(1.0, taken / WARMUP))
                     bar.set_postfix_str(f"KLD {loss:.4f}, kept aside {best:.4f} of {before:.4f}")
                     bar.update()
-                now = [b.rounded(b.m) for b in self.blocks]
-                self.move(now)
+                self.move([b.rounded(b.m) for b in self.blocks])
                 found = self.measured()
                 history.append((scale, found))
+                enough = found < (1 - LEAST) * best
                 if found < best:
                     best, kept = found, [b.m.clone() for b in self.blocks]
-                else:
+                if not enough:
                     halvings, scale = halvings + 1, scale / 2
                     if halvings > HALVINGS:
                         break
                     for b, m in zip(self.blocks, kept, strict=True):
                         b.m.copy_(m)
-                    adam = self._adam(scale)
                 self.move([b.m for b in self.blocks])
         return self._result(kept, before, taken, tuple(history))
 
@@ -272,15 +272,11 @@ class _Search:
             out, after = dict(self.tensors), before
         return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), history)
 
-    def _adam(self, scale: float) -> torch.optim.Adam:
-        groups = [{"params": [b.m], "lr": 0.0, "full": scale * b.rate} for b in self.blocks]
-        return torch.optim.Adam(groups, betas=BETAS)
-
-    def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, taken: int) -> float:
-        """One step; the mean KLD of its chunks, before it."""
+    def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
+        """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
         loss = self.gradient(chunks)
         for group in adam.param_groups:
-            group["lr"] = group["full"] * min(1.0, (taken + 1) / WARMUP)
+            group["lr"] = scale * group["full"]
         adam.step()
         for b in self.blocks:
             b.m.clamp_(*LIMITS)
@@ -302,6 +298,8 @@ class _Search:
                 loss += float((p * (log_p - log_q)).sum()) / n
                 slope = log_q.exp_().sub_(p).div_(n)  # of the KLD by the logits
             logits.backward(slope)
+        for b in self.blocks:
+            b.m.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
         return loss
 
     def move(self, multipliers: list[torch.Tensor]) -> None:

@@ -61,6 +61,10 @@ def divergence(teacher, model, tokens) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+def start_divergence(start) -> float:
+    return divergence(start.teacher, load_model(start.checkpoint, decoded(start, start.tensors)), start.aside)
+
+
 def blanked(fmt, data):
     """The bytes without the half floats."""
     out = data.reshape(-1, formats.get(fmt).block_bytes).copy()
@@ -154,12 +158,9 @@ def test_only_half_floats_and_vectors_change(start, result):
 
 
 def test_the_written_weights_are_closer_to_the_teacher(start, result):
-    before, after = (
-        divergence(start.teacher, load_model(start.checkpoint, decoded(start, x)), start.aside)
-        for x in (start.tensors, result.tensors)
-    )
-    assert result.kld == pytest.approx((before, after), rel=1e-3)
-    assert after < 0.98 * before
+    after = divergence(start.teacher, load_model(start.checkpoint, decoded(start, result.tensors)), start.aside)
+    assert result.kld == pytest.approx((start_divergence(start), after), rel=1e-3)
+    assert after < 0.98 * result.kld[0]
 
 
 def test_norms_alone_change_the_divergence(start, result):
@@ -168,12 +169,11 @@ def test_norms_alone_change_the_divergence(start, result):
     assert abs(divergence(start.teacher, model, start.aside) / result.kld[0] - 1) > 1e-3
 
 
-@pytest.mark.parametrize("rate", [1e4, float("nan")])
-def test_an_absurd_rate_does_no_harm(start, rate):
-    found = tuned(start, rate=rate)
-    assert found.kld[1] <= found.kld[0]
-    if found.kld[1] == found.kld[0]:
-        assert all(np.array_equal(found.tensors[n][1], x[1]) for n, x in start.tensors.items())
+def test_an_absurd_rate_does_no_harm(start):
+    found = tuned(start, rate=1e4)
+    assert min(x for _, x in found.history) > found.kld[0]  # every multiplier stands at its limits
+    assert found.kld[0] == found.kld[1] == pytest.approx(start_divergence(start), rel=1e-3)
+    assert all(np.array_equal(found.tensors[n][1], x[1]) for n, x in start.tensors.items())
 
 
 def test_nothing_changes_where_nothing_is_gained(start):
