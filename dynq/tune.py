@@ -1,0 +1,307 @@
+"""Distillation of what multiplies whole blocks: their half floats, and norms and biases, by the gradient of the KLD.
+
+Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Codes and integer
+scales stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
+d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``. The
+loss is the KL divergence of the original model's next-token distribution, at every position. Adam (Kingma and Ba 2015)
+takes the steps; the result is rounded to half floats. Norms and biases, F32 in the file, have a multiplier for each
+value. Scales as the parameters of distillation: PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024).
+
+How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. It is a fraction of the
+tensor's relative error, halved each time that a pass over the text hardly lowers the KLD on chunks kept aside, as the
+file would be written. The best state is returned, and the bytes as they came where that gains nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynq import codec, formats
+from dynq.checkpoint import Checkpoint
+from dynq.errors import DynqError
+from dynq.evaluate import kld
+from dynq.kernels import halves, scales
+from dynq.progress import progress
+from dynq.torch_model import load_model, set_tensor
+
+Tensors = dict[str, tuple[str, np.ndarray]]
+
+RATE = 0.005  # of a tensor's relative error: one step of a multiplier
+BETAS = (0.9, 0.99)
+WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
+LIMITS = (0.5, 2.0)  # of a multiplier
+LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
+HALVINGS = 2  # before the search ends
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """tensors: as given, with other half floats and F32 vectors. kld: on the chunks kept aside, before and after.
+
+    steps: how many were taken; tuned: half floats and values of F32 vectors that could change; history: rate and KLD
+    on the chunks kept aside after each pass.
+    """
+
+    tensors: Tensors
+    kld: tuple[float, float]
+    steps: int
+    tuned: int
+    history: tuple[tuple[float, float], ...]
+
+
+def tune(
+    checkpoint: Checkpoint,
+    teacher: Any,
+    tensors: Tensors,
+    tokens: np.ndarray,
+    aside: np.ndarray,
+    *,
+    seed: int = 0,
+    batch: int = 2,
+    passes: int = 10,
+    rate: float = RATE,
+    folder: Path | None = None,
+) -> Tuned:
+    """Tune the scales of an encoded model.
+
+    Args:
+        teacher: the original model in transformers, as `load_model` gives it; on its device the work is done.
+        tensors: GGUF name -> (format, uint8 [..., row_bytes]), all of the model; not changed.
+        tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
+        batch: chunks a step; passes: over the tokens, at most; rate: see the module.
+        folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary; the
+            system's temporary one by default.
+
+    In memory: the teacher and as much again for the float32 model, the gradient of the largest tensor, and activations
+    of one chunk. The same input gives the same bytes for the same seed and number of threads, on a CPU.
+    DynqError: no chunks, a tensor is missing or does not fit the model, the disk is full.
+    """
+    for what, chunks in (("to fit", tokens), ("kept aside", aside)):
+        if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
+            raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
+    with tempfile.TemporaryDirectory(prefix="dynq-", dir=folder) as place:
+        fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
+        judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
+        return _Search(checkpoint, teacher.device, tensors, fit, judge, rate).run(seed, batch, passes)
+
+
+class _Blocks:
+    """The multipliers of one tensor, and its parameter in the model, which is multiplied in place.
+
+    m float32 [1 or 2, rows, blocks of a row], in transformers' order of rows; of an F32 vector each value is a block.
+    now: the multipliers that the parameter holds. rate: a full step.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, fmt: str, data: np.ndarray, parameter: Any, rate: float):
+        self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
+        self.architecture, self.vector, rows = checkpoint.architecture, parameter.ndim == 1, len(parameter)
+        self.form = formats.get(fmt)
+        if self.vector:
+            self.stored = data.view(np.float32).reshape(1, rows, 1)
+        else:
+            self.stored = halves.get(fmt, self._flat(data)).astype(np.float32).reshape(-1, rows, self._per_row)
+        self.halves = torch.stack([self._to_torch(x) for x in self.stored])
+        self.m = torch.ones_like(self.halves)
+        self.m.grad = torch.zeros_like(self.m)
+        self.now = self.m.clone()
+        self.offsets = self._offsets() if len(self.m) == 2 else None
+        parameter.requires_grad_(True)
+        self.hook = parameter.register_post_accumulate_grad_hook(self._take_gradient)
+
+    @property
+    def _per_row(self) -> int:
+        return 1 if self.vector else self.parameter.shape[1] // self.form.block
+
+    def _flat(self, data: np.ndarray) -> np.ndarray:
+        return data.reshape(-1, self.form.block_bytes)
+
+    def _to_torch(self, array: np.ndarray) -> torch.Tensor:
+        """[rows, x] of GGUF's order of rows to transformers'."""
+        moved = np.ascontiguousarray(self.architecture.to_torch(self.name, array))
+        return torch.from_numpy(moved).to(self.parameter.device)
+
+    def _offsets(self) -> torch.Tensor:
+        """What dmin adds to the weights of each group: float32 [rows, blocks, groups of a block]."""
+        form = scales.grid(self.fmt)
+        assert form is not None
+        bare = self.data.copy()
+        values = halves.get(self.fmt, self._flat(bare))
+        values[0] = 0
+        halves.put(self.fmt, self._flat(bare), values)
+        added = codec.dequantize(bare, self.fmt).reshape(len(self.parameter), -1)[:, :: form.group]
+        return self._to_torch(added).reshape(*self.m.shape[1:], -1)
+
+    def _weights(self, values: Any) -> Any:
+        """[rows, blocks, weights of a block]"""
+        return values.view(*self.m.shape[1:], -1)
+
+    def _groups(self, values: Any, offsets: torch.Tensor) -> Any:
+        """[rows, blocks, groups, weights of a group]"""
+        return values.view(*offsets.shape, -1)
+
+    @torch.no_grad()
+    def _take_gradient(self, parameter: Any) -> None:
+        """dL/dm from dL/dw, which is let go of: w = a u + b v, and v is known group by group."""
+        gradient, a = parameter.grad, self.now[0]
+        total = torch.linalg.vecdot(self._weights(gradient), self._weights(parameter))
+        if self.offsets is not None:
+            lower = (self._groups(gradient, self.offsets).sum(-1) * self.offsets).sum(-1)
+            self.m.grad[1] += lower
+            total -= self.now[1] * lower
+        self.m.grad[0] += total / a
+        parameter.grad = None
+
+    @torch.no_grad()
+    def move(self, m: torch.Tensor) -> None:
+        """Bring the parameter to these multipliers."""
+        ratio = m[0] / self.now[0]
+        self._weights(self.parameter).mul_(ratio[..., None])
+        if self.offsets is not None:
+            more = self.offsets * (m[1] - self.now[1] * ratio)[..., None]
+            self._groups(self.parameter, self.offsets).add_(more[..., None])
+        self.now = m.clone()
+
+    def rounded(self, m: torch.Tensor) -> torch.Tensor:
+        """The multipliers of what can be stored; 1 where that would be 0 or infinity."""
+        if self.vector:
+            return m
+        new = (self.halves * m).half().float()
+        kept = (self.halves == 0) | (new == 0) | ~torch.isfinite(new)
+        return torch.where(kept, 1.0, new / self.halves)
+
+    def encoded(self, m: torch.Tensor) -> np.ndarray:
+        """The tensor's bytes with multipliers of `rounded`."""
+        values = self.stored * np.stack([self.architecture.to_gguf(self.name, x) for x in m.cpu().numpy()])
+        if self.vector:
+            return values.view(np.uint8).reshape(self.data.shape)
+        out = self.data.copy()
+        halves.put(self.fmt, self._flat(out), values.astype(np.float16).reshape(len(values), -1))
+        return out
+
+
+class _Search:
+    """The model, its blocks, and the best multipliers so far."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: Any,
+        tensors: Tensors,
+        fit: kld.Reference,
+        aside: kld.Reference,
+        rate: float,
+    ):
+        self.checkpoint, self.tensors, self.fit, self.aside = checkpoint, tensors, fit, aside
+        self.model = load_model(checkpoint, self._decoded(tensors)).to(device)
+        self.model.requires_grad_(False)
+        parameters = dict(self.model.named_parameters())
+        errors = {name: self._error(name) for name, (fmt, _) in tensors.items() if fmt in halves.AT}
+        sizes = np.array([checkpoint.tensors[name].n_weights for name in errors])
+        mean = float(np.average(list(errors.values()), weights=sizes)) if errors else 0.0
+        self.blocks = []
+        for name, (fmt, data) in tensors.items():
+            parameter = parameters.get(checkpoint.architecture.parameter(name))
+            if parameter is not None and (name in errors or (fmt == "F32" and parameter.ndim == 1)):
+                size = rate * errors.get(name, mean)
+                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
+
+    def _decoded(self, tensors: Tensors) -> Any:
+        for name, (fmt, data) in tensors.items():
+            yield name, codec.dequantize(data, fmt).reshape(self.checkpoint.tensors[name].shape)
+
+    def _error(self, name: str) -> float:
+        """|W - What| / |W|."""
+        fmt, data = self.tensors[name]
+        weights = self.checkpoint.read(name)
+        decoded = codec.dequantize(data, fmt).reshape(weights.shape)
+        size = float(np.linalg.norm(weights))
+        return float(np.linalg.norm(weights - decoded)) / size if size else 0.0
+
+    def measured(self) -> float:
+        """Mean KLD on the chunks kept aside, at every position; infinite where it is NaN."""
+        value = float(kld.measure(self.model, self.aside, batch=1, desc="").kld.mean())
+        return value if np.isfinite(value) else np.inf
+
+    def run(self, seed: int, batch: int, passes: int) -> Tuned:
+        rng, n = np.random.default_rng(seed), len(self.fit.tokens)
+        before = best = self.measured()
+        kept = [b.m.clone() for b in self.blocks]
+        history: list[tuple[float, float]] = []
+        scale, taken, halvings = 1.0, 0, 0
+        adam = torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.blocks], betas=BETAS)
+        with progress(total=passes * -(-n // batch), desc="tune", unit="step") as bar:
+            for _ in range(passes):
+                order = rng.permutation(n)
+                for start in range(0, n, batch):
+                    taken += 1
+                    loss = self._step(adam, order[start : start + batch], scale * min(1.0, taken / WARMUP))
+                    bar.set_postfix_str(f"KLD {loss:.4f}, kept aside {best:.4f} of {before:.4f}")
+                    bar.update()
+                self.move([b.rounded(b.m) for b in self.blocks])
+                found = self.measured()
+                history.append((scale, found))
+                enough = found < (1 - LEAST) * best
+                if found < best:
+                    best, kept = found, [b.m.clone() for b in self.blocks]
+                if not enough:
+                    halvings, scale = halvings + 1, scale / 2
+                    if halvings > HALVINGS:
+                        break
+                    for b, m in zip(self.blocks, kept, strict=True):
+                        b.m.copy_(m)
+                self.move([b.m for b in self.blocks])
+        return self._result(kept, before, taken, tuple(history))
+
+    def _result(
+        self, kept: list[torch.Tensor], before: float, taken: int, history: tuple[tuple[float, float], ...]
+    ) -> Tuned:
+        """What is written, measured as a reader will see it: the start where it is no better."""
+        out = dict(self.tensors)
+        for b, m in zip(self.blocks, kept, strict=True):
+            b.hook.remove()
+            out[b.name] = b.fmt, b.encoded(b.rounded(m))
+            set_tensor(self.model, self.checkpoint, b.name, next(self._decoded({b.name: out[b.name]}))[1])
+        after = self.measured()
+        if not after < before:
+            out, after = dict(self.tensors), before
+        return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), history)
+
+    def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
+        """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
+        loss = self.gradient(chunks)
+        for group in adam.param_groups:
+            group["lr"] = scale * group["full"]
+        adam.step()
+        for b in self.blocks:
+            b.m.clamp_(*LIMITS)
+        self.move([b.m for b in self.blocks])
+        return loss
+
+    def gradient(self, chunks: np.ndarray) -> float:
+        """The mean KLD of chunks at all positions, its gradient by the multipliers in their `grad`."""
+        for b in self.blocks:
+            b.m.grad.zero_()
+        loss, n = 0.0, len(chunks) * self.fit.scored
+        for chunk in chunks:
+            ids = torch.from_numpy(self.fit.tokens[[chunk]].astype(np.int64)).to(self.model.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+            with torch.no_grad():
+                log_p = self.fit.log_probs(int(chunk), logits.device)
+                log_q = kld.log_softmax(logits)
+                p = log_p.exp()
+                loss += float((p * (log_p - log_q)).sum()) / n
+                slope = log_q.exp_().sub_(p).div_(n)  # of the KLD by the logits
+            logits.backward(slope)
+        for b in self.blocks:
+            b.m.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
+        return loss
+
+    def move(self, multipliers: list[torch.Tensor]) -> None:
+        for b, m in zip(self.blocks, multipliers, strict=True):
+            b.move(m)

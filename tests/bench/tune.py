@@ -1,0 +1,72 @@
+"""KLD of a GGUF before and after its scales are tuned, on texts that neither the file nor the tuning has seen.
+
+    python tests/bench/tune.py dynq-tiny runs/first/like-Q2_K.gguf --tokens runs/first/calibrate-text.json \\
+        --heldout chats.jsonl,code.txt,wiki.txt
+
+Every fourth chunk of ``--tokens`` is kept aside. Of every held-out file the first ``--chunks`` chunks are scored, at
+all positions of each.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dynq import codec, tune
+from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.evaluate import kld
+from dynq.gguf_reader import Reader
+from dynq.text import load_text
+from dynq.torch_model import load_model, load_tokenizer
+
+ASIDE = 4  # every so many chunks one is kept aside
+
+
+def encoded(path: Path) -> tune.Tensors:
+    """The tensors of a GGUF: name -> (format, bytes)."""
+    found = Reader(path).tensors
+    return {t.name: (t.tensor_type.name, np.ascontiguousarray(t.data).view(np.uint8)) for t in found}
+
+
+def divergences(
+    checkpoint: Checkpoint, tensors: tune.Tensors, references: dict[str, kld.Reference]
+) -> dict[str, float]:
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    weights = ((n, codec.dequantize(data, fmt).reshape(shapes[n])) for n, (fmt, data) in tensors.items())
+    model = load_model(checkpoint, weights)
+    return {name: float(kld.measure(model, one, batch=1).kld.mean()) for name, one in references.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("gguf", type=Path, nargs="+")
+    parser.add_argument("--tokens", type=Path, required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--chunks", type=int, default=6)
+    a = parser.parse_args()
+    checkpoint = open_checkpoint(a.model)
+    teacher, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
+    tokens = np.array(json.loads(a.tokens.read_text())["tokens"], np.int32)
+    aside = np.arange(len(tokens)) % ASIDE == ASIDE - 1
+    with tempfile.TemporaryDirectory() as place:
+        references = {}
+        for spec in a.heldout.split(","):
+            text = load_text(spec, tokenizer, n_ctx=tokens.shape[1], n_chunks=a.chunks, seed=0)
+            name = Path(spec).stem
+            references[name] = kld.make_reference(teacher, text.tokens, Path(place, name), first=0)
+        for path in a.gguf:
+            before, start = encoded(path), time.perf_counter()
+            tuned = tune.tune(checkpoint, teacher, before, tokens[~aside], tokens[aside])
+            seconds = time.perf_counter() - start
+            old, new = (divergences(checkpoint, x, references) for x in (before, tuned.tensors))
+            ratios = ", ".join(f"{name} {old[name]:.4f} x {new[name] / old[name]:.3f}" for name in old)
+            print(f"{path.stem}: {seconds:.0f} s, {tuned.steps} steps, {tuned.tuned} multipliers")
+            print(f"  kept aside {tuned.kld[0]:.4f} x {tuned.kld[1] / tuned.kld[0]:.3f}; {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

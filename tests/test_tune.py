@@ -1,0 +1,194 @@
+"""Tuned scales: the gradient against differences of another decoding, what may change, and that nothing loses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from dynq import codec, formats, tune
+from dynq.checkpoint import open_checkpoint
+from dynq.errors import DynqError
+from dynq.evaluate import kld
+from dynq.kernels import halves
+from dynq.torch_model import load_model, set_tensor
+
+# llama's q and k rows are permuted; every kind of scale is there, and formats that have none to tune
+FORMATS = ("Q2_K", "Q4_1", "IQ4_XS", "Q3_K", "MXFP4", "Q5_K", "IQ1_M", "F16", "IQ2_XS", "Q4_0")
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model of two layers, its teacher, its encoded tensors, and text."""
+    kind, settings = tiny_models.MODELS["llama-biased"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_models.MODELS, "wide", (kind, {**settings, **SIZES}))
+        checkpoint = open_checkpoint(tiny_models.make("wide", tmp_path_factory.mktemp("model")))
+    names = [n for n, info in checkpoint.tensors.items() if info.quantizable]
+    chosen = {n: FORMATS[i % len(FORMATS)] for i, n in enumerate(names)}
+    tensors = {}
+    for n, info in checkpoint.tensors.items():
+        fmt = chosen.get(n, "F32")
+        tensors[n] = fmt, codec.quantize(checkpoint.read(n), fmt, np.ones(info.row))
+    tokens = np.random.default_rng(0).integers(2, 300, (6, 24))
+    return SimpleNamespace(
+        checkpoint=checkpoint, teacher=load_model(checkpoint), tensors=tensors, fit=tokens[:4], aside=tokens[4:]
+    )
+
+
+def tuned(start, **settings):
+    settings = {"passes": 3, "rate": 0.02, **settings}
+    return tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside, **settings)
+
+
+@pytest.fixture(scope="module")
+def result(start):
+    return tuned(start)
+
+
+def decoded(start, tensors):
+    for name, (fmt, data) in tensors.items():
+        yield name, codec.dequantize(data, fmt).reshape(start.checkpoint.tensors[name].shape)
+
+
+def divergence(teacher, model, tokens) -> float:
+    """Mean KLD at every position that has a token after it, by torch's own functions in float64."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(input_ids=ids).logits[:, :-1].double(), -1) for m in (teacher, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def start_divergence(start) -> float:
+    return divergence(start.teacher, load_model(start.checkpoint, decoded(start, start.tensors)), start.aside)
+
+
+def blanked(fmt, data):
+    """The bytes without the half floats."""
+    out = data.reshape(-1, formats.get(fmt).block_bytes).copy()
+    halves.put(fmt, out, np.zeros_like(halves.get(fmt, out)))
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in halves.AT if name in formats.FORMATS])
+def test_decoding_is_linear_in_the_half_floats_of_the_table(name):
+    form, rng = formats.get(name), np.random.default_rng(1)
+    data = codec.quantize(rng.normal(size=(1, 4 * form.block)).astype(np.float32), name, np.ones(4 * form.block))
+    blocks = data.reshape(4, -1)
+    values = halves.get(name, blocks)
+    again = blocks.copy()
+    halves.put(name, again, values)
+    assert np.array_equal(again, blocks) and (values != 0).all()
+    whole = codec.dequantize(blocks, name)
+    parts = []
+    for part in range(len(values)):
+        only = np.zeros_like(values)
+        only[part] = 2 * values[part]
+        halves.put(name, again, only)
+        assert np.array_equal(halves.get(name, again), only)
+        parts.append(codec.dequantize(again, name))
+    np.testing.assert_allclose(sum(parts), 2 * whole, atol=1e-5)
+    assert not codec.dequantize(blanked(name, blocks), name).any()
+
+
+def test_the_table_lacks_only_formats_without_half_floats():
+    assert set(formats.FORMATS) - set(halves.AT) == {"F32", "F16", "BF16", "MXFP4", "NVFP4"}
+
+
+def test_gradient_of_the_multipliers_against_differences(start, tmp_path):
+    fit = kld.make_reference(start.teacher, start.fit[:1], tmp_path / "fit", first=0, desc="")
+    search = tune._Search(start.checkpoint, "cpu", start.tensors, fit, fit, 0.0)
+    rng, eps = np.random.default_rng(2), 4e-3
+    for b in search.blocks:  # not at the start, where all multipliers are 1
+        b.m.copy_(torch.from_numpy(rng.uniform(0.9, 1.1, b.m.shape)))
+    search.move([b.m for b in search.blocks])
+    search.gradient(np.array([0]))
+    names = {b.name for b in search.blocks}
+    assert {fmt for n, (fmt, _) in start.tensors.items() if n in names} == set(FORMATS) - {"MXFP4", "F16"} | {"F32"}
+    start_m = {b.name: to_gguf(start, b) for b in search.blocks}
+    model = load_model(start.checkpoint, decoded(start, start.tensors))
+    for name, m in start_m.items():
+        set_tensor(model, start.checkpoint, name, scaled(start, name, m))
+    for b in search.blocks:
+        for part in range(len(b.m)):
+            direction = np.zeros_like(start_m[b.name])
+            direction[part] = rng.normal(size=direction[part].shape)
+            slope = float((to_gguf(start, b, b.m.grad) * direction).sum())
+            found = []
+            for sign in (eps, -eps):
+                set_tensor(model, start.checkpoint, b.name, scaled(start, b.name, start_m[b.name] + sign * direction))
+                found.append(divergence(start.teacher, model, start.fit[:1]))
+            set_tensor(model, start.checkpoint, b.name, scaled(start, b.name, start_m[b.name]))
+            assert (found[0] - found[1]) / (2 * eps) == pytest.approx(slope, rel=0.05, abs=2e-3), (b.name, part)
+
+
+def to_gguf(start, block, values=None):
+    """Multipliers [1 or 2, rows, blocks] in GGUF's order of rows."""
+    values = (block.m if values is None else values).numpy()
+    return np.stack([start.checkpoint.architecture.to_gguf(block.name, x) for x in values])
+
+
+def scaled(start, name, m):
+    """Weights with multipliers, by decoding each half float alone."""
+    fmt, data = start.tensors[name]
+    if fmt == "F32":
+        return data.view(np.float32) * m[0, :, 0]
+    blocks = data.reshape(-1, formats.get(fmt).block_bytes)
+    values, total = halves.get(fmt, blocks), 0.0
+    for part, mine in enumerate(m):
+        only, bare = np.zeros_like(values), blocks.copy()
+        only[part] = values[part]
+        halves.put(fmt, bare, only)
+        total = total + codec.dequantize(bare, fmt) * mine.reshape(-1, 1)
+    return total.astype(np.float32).reshape(start.checkpoint.tensors[name].shape)
+
+
+def test_only_half_floats_and_vectors_change(start, result):
+    for name, (fmt, data) in start.tensors.items():
+        new_fmt, new = result.tensors[name]
+        assert (new_fmt, new.shape, new.dtype) == (fmt, data.shape, np.uint8)
+        if fmt in halves.AT:
+            assert np.array_equal(blanked(fmt, new), blanked(fmt, data)) and not np.array_equal(new, data), name
+        elif fmt == "F32":
+            assert not np.array_equal(new, data), name
+        else:
+            assert np.array_equal(new, data), name
+
+
+def test_the_written_weights_are_closer_to_the_teacher(start, result):
+    after = divergence(start.teacher, load_model(start.checkpoint, decoded(start, result.tensors)), start.aside)
+    assert result.kld == pytest.approx((start_divergence(start), after), rel=1e-3)
+    assert after < 0.98 * result.kld[0]
+
+
+def test_norms_alone_change_the_divergence(start, result):
+    vectors = {n: x for n, x in result.tensors.items() if x[0] == "F32"}
+    model = load_model(start.checkpoint, decoded(start, start.tensors | vectors))
+    assert abs(divergence(start.teacher, model, start.aside) / result.kld[0] - 1) > 1e-3
+
+
+def test_an_absurd_rate_does_no_harm(start):
+    found = tuned(start, rate=1e4)
+    assert min(x for _, x in found.history) > found.kld[0]  # every multiplier stands at its limits
+    assert found.kld[0] == found.kld[1] == pytest.approx(start_divergence(start), rel=1e-3)
+    assert all(np.array_equal(found.tensors[n][1], x[1]) for n, x in start.tensors.items())
+
+
+def test_nothing_changes_where_nothing_is_gained(start):
+    perfect = load_model(start.checkpoint, decoded(start, start.tensors))
+    found = tune.tune(start.checkpoint, perfect, start.tensors, start.fit, start.aside, passes=2)
+    assert found.kld[0] == found.kld[1]
+    assert all(np.array_equal(found.tensors[n][1], x[1]) for n, x in start.tensors.items())
+
+
+def test_the_seed_decides_the_bytes(start, result):
+    again, other = tuned(start), tuned(start, seed=1)
+    assert all(np.array_equal(again.tensors[n][1], x[1]) for n, x in result.tensors.items())
+    assert any(not np.array_equal(other.tensors[n][1], x[1]) for n, x in result.tensors.items())
+
+
+def test_text_of_no_chunks_is_one_clear_line(start):
+    with pytest.raises(DynqError, match=r"kept aside are \[chunks, n_ctx\], got shape \(0, 24\)"):
+        tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside[:0])
