@@ -14,7 +14,9 @@ file would be written. The best state is returned, and the bytes as they came wh
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ import torch
 
 from dynq import codec, formats
 from dynq.checkpoint import Checkpoint
+from dynq.encoding import Stream
 from dynq.errors import DynqError
 from dynq.evaluate import kld
+from dynq.files import replacing
 from dynq.kernels import halves, scales
+from dynq.layer_inputs import kept_aside
 from dynq.progress import progress
 from dynq.torch_model import load_model, set_tensor
 
@@ -89,6 +94,37 @@ def tune(
         fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
         judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
         return _Search(checkpoint, teacher.device, tensors, fit, judge, rate).run(seed, batch, passes)
+
+
+def tuned(
+    encoded: Callable[[dict[str, str]], Stream],
+    checkpoint: Checkpoint,
+    chosen: dict[str, str],
+    *,
+    teacher: Any,
+    tokens: np.ndarray,
+    domains: Sequence[str],
+    passes: int,
+    report: Path,
+    folder: Path | None = None,
+) -> Stream:
+    """What `encoded` gives for the chosen formats, tuned; a source for `dynq.export.export`.
+
+    tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them judge, and without any of those nothing
+    is tuned. report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
+    """
+    tensors = {name: (fmt, data) for name, fmt, data in encoded(chosen)}
+    aside, told = kept_aside(domains), {}
+    if aside.any() and not aside.all():
+        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, folder=folder)
+        tensors = found.tensors
+        told = {"kld": found.kld, "steps": found.steps, "tuned": found.tuned, "history": found.history}
+    else:
+        told = {"reason": f"{len(tokens)} chunks of calibration text are too few to keep some aside"}
+    with replacing(report) as beside:
+        beside.write_text(json.dumps(told))
+    for name, (fmt, data) in tensors.items():
+        yield name, fmt, data
 
 
 class _Blocks:
@@ -292,7 +328,7 @@ class _Search:
             ids = torch.from_numpy(self.fit.tokens[[chunk]].astype(np.int64)).to(self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
             with torch.no_grad():
-                log_p = self.fit.log_probs(int(chunk), logits.device)
+                log_p = self.fit.coded(int(chunk)).log_probs(logits.device)
                 log_q = kld.log_softmax(logits)
                 p = log_p.exp()
                 loss += float((p * (log_p - log_q)).sum()) / n
