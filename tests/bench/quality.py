@@ -264,10 +264,10 @@ def table(results: Sequence[Mapping[str, Any]], who: str) -> str:
             {who: found["name"]}
             | {f"bytes: {who}": found["theirs"]["tensor_bytes"], "dynq": found["ours"]["tensor_bytes"]}
             | figures
-            | {"goal": goal.get("whole"), "met": _yes(found["met"])}
+            | {"goal": _goal(goal.get("whole"), found["met"])}
             | {"worst domain": found["worst_domain"], "ratio there": round(worst, 3)}
-            | {"its goal": goal.get("domain"), "is met": _yes(found["met_in_domains"])}
-            | {"all below 1": None if found["goal"] else _yes(found["better"])}
+            | {"goal there": _goal(goal.get("domain"), found["met_in_domains"])}
+            | {"all below 1": "yes" if found["better"] else "no"}
             | {f"s: {who}": _tenths(found["theirs"]["seconds"]), "s: dynq": _tenths(found["ours"]["seconds"])}
         )
     return text_table(rows)
@@ -295,8 +295,8 @@ def _figures(
     return cells
 
 
-def _yes(value: bool | None) -> str | None:
-    return None if value is None else "yes" if value else "no"
+def _goal(limit: float | None, met: bool | None) -> str | None:
+    return None if limit is None else f"{limit} {'met' if met else 'missed'}"
 
 
 def _tenths(seconds: float | None) -> float | None:
