@@ -1,9 +1,11 @@
 """What tests/bench/quality.py says of two files, and published recipes on a model of another depth."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
@@ -13,6 +15,8 @@ import quality
 from dynq import describe, mixes
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
+from dynq.imatrix import Importance, write_imatrix
+from dynq.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parent / "bench" / "recipes").glob("*.json"))
 
@@ -63,6 +67,9 @@ def test_a_recipe_is_beaten_in_all_three_or_not():
 def test_more_bytes_than_the_rival_is_an_error():
     with pytest.raises(DynqError, match="101 bytes, 100 are allowed"):
         quality.result(pair(), entry(1, 100, wiki=1.0), entry(1, 101, wiki=1.0), {})
+    large = entry(1, 101, wiki=1.0) | {"file_bytes": 109}  # a smaller header leaves more for the tensors
+    recipe = quality.Pair("theirs", "109B", Path("theirs.gguf"))
+    assert quality.result(recipe, entry(1, 100, wiki=1.0), large, {})["ours"]["tensor_bytes"] == 101
 
 
 def test_every_row_has_a_goal():
@@ -118,3 +125,31 @@ def test_a_table_of_another_model_is_refused(tmp_path):
     path.write_text(json.dumps(table | {"architecture": "qwen3", "model": ""}))
     with pytest.raises(DynqError, match=r"no format for token_embd.weight \(73 tensors\)"):
         published.read(path, model)
+
+
+@pytest.mark.parametrize("with_llama", [True, False])
+def test_rivals_are_what_they_are_called_and_made_once(tmp_path, with_llama):
+    if with_llama and importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("needs llama-cpp-python (the extra bench)")
+    model = open_checkpoint("dynq-tiny")
+    rng = np.random.default_rng(0)
+    rows = {name: info.row for name, info in model.tensors.items() if info.quantizable}
+    sums = {name: rng.lognormal(0, 2, (1, row)).astype(np.float32) for name, row in rows.items()}
+    (tmp_path / "run").mkdir()
+    bench = quality.Bench(model, "dynq-tiny", tmp_path, [], 1)
+    bench.with_llama, bench.encoder = with_llama, str(with_llama)
+
+    def made(scale: float) -> Path:
+        importance = Importance({n: s**scale for n, s in sums.items()}, {n: np.ones(1, np.float32) for n in sums})
+        write_imatrix(tmp_path / "run" / "imatrix.gguf", importance)
+        return bench.mix("Q3_K_S").theirs
+
+    mix = made(1.0)
+    assert Recipe.from_gguf(mix).formats == mixes.mix("Q3_K_S", model.tensors, model.metadata, True)
+    assert bench.seconds[mix.name] > 0
+    written = mix.stat().st_mtime_ns
+    assert made(1.0) == mix and mix.stat().st_mtime_ns == written
+    assert made(0.0).read_bytes() != mix.read_bytes()  # another importance, another file
+    recipe = bench.recipe(RECIPES[0])
+    assert Recipe.from_gguf(recipe.theirs).formats == published.read(RECIPES[0], model).formats
+    assert recipe.target == f"{recipe.theirs.stat().st_size}B" and recipe.goal is None
