@@ -24,7 +24,9 @@ def read(path: Path, checkpoint: Checkpoint) -> Recipe:
     chosen, about = _chosen(path, checkpoint)
     tensors = checkpoint.tensors
     if missing := [name for name, info in tensors.items() if info.quantizable and name not in chosen]:
-        raise DynqError(f"{path}: no format for {missing[0]} ({len(missing)} tensors): of another architecture")
+        raise DynqError(
+            f"{path}: no format for {missing[0]} ({len(missing)} tensors): of another architecture or depth"
+        )
     written = {
         name: formats.usable(chosen[name], info.row) if info.quantizable else "F32" for name, info in tensors.items()
     }
