@@ -5,8 +5,6 @@ and whose tensors have two rows only (a dry run never looks at more), then `llam
 each mix, with and without an importance matrix, and the types are read from what it logs.
 """
 
-import ctypes
-import functools
 import itertools
 import json
 import re
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from llama_quantize import FILE_TYPES, quantize
 
 from dynq.checkpoint import TensorInfo
 
@@ -123,13 +122,6 @@ MODELS = {
     "phi3, 32 layers, fused qkv": Model("phi3", 32, 32, 32, fused=True),
 }
 
-# llama_ftype of include/llama.h
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11}
-FILE_TYPES |= {"Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18}
-FILE_TYPES |= {"IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25}
-FILE_TYPES |= {"IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32}
-FILE_TYPES |= {"TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41}
-
 
 class Decision(NamedTuple):
     """types: tensor -> type, or None where libllama gives up; needs_importance: whether it does so without a matrix."""
@@ -140,51 +132,17 @@ class Decision(NamedTuple):
 
 def dry_run(path: Path, mix: str, has_importance: bool, overrides: str = "") -> Decision:
     """How libllama would write `path` as `mix`. overrides: the text of a --tensor-type-file."""
-    import llama_cpp
-
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback
-    def log(level: int, text: bytes, user_data: object) -> None:
-        lines.append(text.decode(errors="replace"))
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.dry_run, params.nthread = FILE_TYPES[mix], True, 1
-    one = np.ones(1, np.float32)
-    entry = llama_cpp.llama_model_imatrix_data
-    # any entry at all makes it "with an importance matrix"; a null name ends the list
-    matrix = (entry * 2)(entry(b"none", one.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), 1), entry(None, None, 0))
-    if has_importance:
-        params.imatrix = ctypes.cast(matrix, ctypes.POINTER(entry))
-    # as llama-quantize reads the file: words, cut at the first "=", the pattern in lower case
-    pairs = [word.partition("=")[::2] for word in overrides.split()]
-    override = llama_cpp.llama_model_tensor_override
-    kinds = [(pattern.lower().encode(), int(gguf.GGMLQuantizationType[kind.upper()])) for pattern, kind in pairs]
-    table = (override * (len(kinds) + 1))(*(override(*kind) for kind in kinds), override(None, 0))
-    if kinds:
-        params.tt_overrides = ctypes.cast(table, ctypes.POINTER(override))
-    llama_cpp.llama_log_set(log, ctypes.c_void_p())
-    try:
-        failed = llama_cpp.llama_model_quantize(str(path).encode(), b"", ctypes.byref(params))
-    finally:
-        llama_cpp.llama_log_set(_silent(), ctypes.c_void_p())
-    text = "".join(lines)
-    if failed and "no tensor type fallback" in text:
+    matrix = {"none": np.ones(1, np.float32)} if has_importance else None
+    succeeded, text = quantize(path, None, mix, matrix, overrides)
+    if not succeeded and "no tensor type fallback" in text:
         return Decision(None, False)
-    if failed:
+    if not succeeded:
         raise RuntimeError(f"{path} as {mix}: {text[-500:]}")
     found = re.findall(r"^\[ *\d+/ *\d+\] +(\S+) .*type = +(\w+), size = .*?(?:\((\w+)\))?$", text, re.MULTILINE)
     return Decision(
         {name: (new or old).upper() for name, old, new in found},
         "will require an imatrix" in text and not has_importance,
     )
-
-
-@functools.cache  # libllama keeps the pointer
-def _silent() -> Any:
-    import llama_cpp
-
-    return llama_cpp.llama_log_callback(lambda level, text, user_data: None)
 
 
 def runs(types: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,8 @@ import json
 import math
 
 import pytest
-from record_mixes import DATA, FILE_TYPES, MODELS, decisions, runs
+from llama_quantize import FILE_TYPES
+from record_mixes import DATA, MODELS, decisions, runs
 
 from dynq import mixes
 from dynq.allocate import parse_target
