@@ -1,5 +1,6 @@
 """Tuned scales: the gradient against differences of another decoding, what may change, and that nothing loses."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.kernels import halves
+from dynq.layer_inputs import kept_aside
 from dynq.torch_model import load_model, set_tensor
 
 # llama's q and k rows are permuted; every kind of scale is there, and formats that have none to tune
@@ -192,3 +194,27 @@ def test_the_seed_decides_the_bytes(start, result):
 def test_text_of_no_chunks_is_one_clear_line(start):
     with pytest.raises(DynqError, match=r"kept aside are \[chunks, n_ctx\], got shape \(0, 24\)"):
         tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside[:0])
+
+
+def test_source_for_an_export(start, tmp_path):
+    def stream(passes, domains, report="told.json"):
+        def encoded(chosen):
+            return ((name, chosen[name], start.tensors[name][1]) for name in chosen)
+
+        chosen = {name: fmt for name, (fmt, _) in start.tensors.items()}
+        tokens = np.concatenate([start.fit, start.aside]).astype(np.int32)
+        reads = {"teacher": start.teacher, "tokens": tokens, "domains": domains, "passes": passes}
+        found = tune.tuned(encoded, start.checkpoint, chosen, **reads, report=tmp_path / report)
+        return {name: data for name, _, data in found}, json.loads((tmp_path / report).read_text())
+
+    got, told = stream(2, ["a"] * 6)
+    aside = kept_aside(["a"] * 6)
+    assert aside.tolist() == [False, False, False, True, False, False]
+    tokens = np.concatenate([start.fit, start.aside]).astype(np.int32)
+    by_hand = tune.tune(start.checkpoint, start.teacher, start.tensors, tokens[~aside], tokens[aside], passes=2)
+    assert list(got) == list(start.tensors)
+    assert all(np.array_equal(got[name], data) for name, (_, data) in by_hand.tensors.items())
+    assert tuple(told["kld"]) == by_hand.kld and told["kld"][1] < told["kld"][0]
+    got, told = stream(2, list("abcdef"))  # no domain has enough chunks
+    assert "6 chunks of calibration text are too few" in told["reason"]
+    assert all(np.array_equal(got[name], data) for name, (_, data) in start.tensors.items())
