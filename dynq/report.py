@@ -29,12 +29,13 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         name = file_safe(target["target"])
         recipe = Recipe.load(folder / f"{name}.recipe.json")
         mix = mixes.mix(target["below"], checkpoint.tensors, checkpoint.metadata, True)
+        measured = by_label[target["label"]]["statistics"]["Mean KLD"]
+        stages = stage_rows(recipe.predicted_kld, folder.read_json(f"{name}.export.json"), measured)
         grids.append(
             _embedded(figures.recipe_grid(recipe, checkpoint.tensors, mix), f"recipe-{name}")
             | {
                 "target": target["target"],
-                "predicted": recipe.predicted_kld,
-                "measured": by_label[target["label"]]["statistics"]["Mean KLD"],
+                "stages": figures.html_table(stages, "What each stage of encoding brought"),
                 "recipe_file": f"{name}.recipe.json",
                 "types_file": f"{name}.tensor-types.txt",
                 "generated": target["generated"],
@@ -56,6 +57,20 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
     for name, own in (("report.html", values), ("model-card.md", values | more)):
         with replacing(folder / name) as beside:
             beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
+
+
+def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float) -> list[dict[str, Any]]:
+    """KLD after each stage of encoding, and how it is known. plain: predicted; exported: what notebook 06 wrote."""
+    rows = [{"stage": "plain encoding", "KLD": plain, "known by": "the sensitivity table, on calibration text"}]
+    if told := exported["encoding"]:
+        fed_back = [entry for entry in told if entry["level"] == "feedback"]
+        how = f"the table times the output errors of {len(fed_back)} tensors, on chunks kept aside"
+        rows.append({"stage": "errors fed back", "KLD": exported["predicted_kld"], "known by": how})
+    if "kld" in exported["tuning"]:
+        before, after = exported["tuning"]["kld"]
+        how = f"measured on chunks kept aside: {before:.4f} before, ratio {after / before:.3f}"
+        rows.append({"stage": "scales and norms tuned", "KLD": after, "known by": how})
+    return [*rows, {"stage": "the file", "KLD": measured, "known by": "measured on the evaluation text"}]
 
 
 def file_tables(evaluation: Mapping[str, Any]) -> dict[str, str]:
