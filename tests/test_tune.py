@@ -99,13 +99,29 @@ def test_the_table_lacks_only_formats_without_half_floats():
     assert set(formats.FORMATS) - set(halves.AT) == {"F32", "F16", "BF16", "MXFP4", "NVFP4"}
 
 
-def test_gradient_of_the_multipliers_against_differences(start, tmp_path):
+@pytest.fixture
+def search(start, tmp_path):
+    """Not at the start, where all multipliers are 1."""
     fit = kld.make_reference(start.teacher, start.fit[:1], tmp_path / "fit", first=0, desc="")
-    search = tune._Search(start.checkpoint, "cpu", start.tensors, fit, fit, 0.0)
-    rng, eps = np.random.default_rng(2), 4e-3
-    for b in search.blocks:  # not at the start, where all multipliers are 1
+    search, rng = tune._Search(start.checkpoint, "cpu", start.tensors, fit, fit, 0.0), np.random.default_rng(2)
+    for b in search.blocks:
         b.m.copy_(torch.from_numpy(rng.uniform(0.9, 1.1, b.m.shape)))
     search.move([b.m for b in search.blocks])
+    return search
+
+
+def test_the_bytes_hold_the_weights_that_are_measured(start, search):
+    search.move([b.rounded(b.m) for b in search.blocks])
+    model = load_model(start.checkpoint)
+    for b in search.blocks:
+        written = b.fmt, b.encoded(b.rounded(b.m))
+        set_tensor(model, start.checkpoint, b.name, next(decoded(start, {b.name: written}))[1])
+        parameter = model.get_parameter(start.checkpoint.architecture.parameter(b.name)).detach()
+        torch.testing.assert_close(b.parameter.detach(), parameter, rtol=1e-5, atol=1e-6, msg=b.name)
+
+
+def test_gradient_of_the_multipliers_against_differences(start, search):
+    rng, eps = np.random.default_rng(3), 4e-3
     search.gradient(np.array([0]))
     names = {b.name for b in search.blocks}
     assert {fmt for n, (fmt, _) in start.tensors.items() if n in names} == set(FORMATS) - {"MXFP4", "F16"} | {"F32"}
