@@ -83,8 +83,10 @@ def tune(
         folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary; the
             system's temporary one by default.
 
-    In memory: the teacher and as much again for the float32 model, the gradient of the largest tensor, and activations
-    of one chunk. The same input gives the same bytes for the same seed and number of threads, on a CPU.
+    In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
+    one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
+    twice that and 6 % more where there are offsets. The same input gives the same bytes for the same seed and number of
+    threads, on a CPU.
     DynqError: no chunks, a tensor is missing or does not fit the model, the disk is full.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
