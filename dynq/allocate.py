@@ -329,10 +329,7 @@ def allocate(
         profile=profile,
         has_importance=has_importance,
     )
-    rows = list(problem.options.values())
-    picked = choose([[o.bytes for o in row] for row in rows], [[o.loss for o in row] for row in rows], problem.room)
-    chosen = {name: row[j].format for (name, row), j in zip(problem.options.items(), picked, strict=True)}
-    return problem.recipe(chosen, provenance or {})
+    return problem.recipe(problem.solve(), provenance or {})
 
 
 class Option(NamedTuple):
@@ -389,6 +386,12 @@ class Problem:
         if smallest > budget:
             raise DynqError(_too_small(target, smallest, n_weights, budget))
         return cls(target, checkpoint_tensors, padded, budget - outside, budget, dict(pins or {}), profile or "all")
+
+    def solve(self) -> dict[str, str]:
+        """The format of each tensor of `options` for which the sum of losses is smallest."""
+        rows = list(self.options.values())
+        picked = choose([[o.bytes for o in row] for row in rows], [[o.loss for o in row] for row in rows], self.room)
+        return {name: row[j].format for (name, row), j in zip(self.options.items(), picked, strict=True)}
 
     def chosen(self, taken: Mapping[str, str]) -> dict[str, Option]:
         """The option of each tensor that has the format named for it."""

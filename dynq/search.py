@@ -48,7 +48,7 @@ from dynq.torch_model import set_tensor
 
 REACH = 3  # options up and down from the present one that a round looks at
 PRICES = (3e-3, 1e-3, 3e-4, 1e-4, 0.0)  # of one change, as a part of the present KLD
-LEVEL = 0.025  # of the one-sided test
+LEVEL = 0.1  # of the one-sided test: a proposal comes with reasons of its own, and the held-out part decides in the end
 FIRST_CHUNKS = 4  # a proposal that is no better on these is tested no further
 CACHE = 2 << 30  # bytes of encoded tensors that are kept
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
@@ -62,6 +62,14 @@ def parse_seconds(text: str) -> float:
     if not match or match[2] not in _UNITS or float(match[1]) <= 0:
         raise DynqError(f'search {text!r} is no time; write it as "90s", "10min" or "1h"')
     return float(match[1]) * _UNITS[match[2]]
+
+
+def check_chunks(n: int) -> None:
+    """DynqError where three parts would have less than two chunks each."""
+    if n < 6:
+        raise DynqError(
+            f"a search needs at least 6 chunks of calibration text, not {n}: raise n_chunks, or leave it out"
+        )
 
 
 # --- proposals: pure functions of tables ------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def significant(t: float, chunks: int) -> bool:
 # --- the driver -------------------------------------------------------------------------------------------------------
 
 
-def search(
+def improve(
     checkpoint: Checkpoint,
     model: Any,
     problem: Problem,
@@ -191,10 +199,7 @@ def search(
 
     DynqError where there are fewer than six chunks.
     """
-    if len(tokens) < 6:
-        raise DynqError(
-            f"a search needs at least 6 chunks of calibration text, there are {len(tokens)}; give more (n_chunks)"
-        )
+    check_chunks(len(tokens))
     codec.check_level(level)
     about = {"formats": recipe.formats, "target": recipe.target, "room": problem.room, "level": level}
     about |= {"model": checkpoint.fingerprint, "dynq": dynq.__version__, "tokens": tokens.tolist()}
@@ -213,6 +218,11 @@ def search(
         log.close()
         for suffix in (".u16", ".json"):
             kept.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The start and every proposal tried, in their order, as `<name>.search.jsonl` holds them."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.endswith("}")]
 
 
 class Log:
