@@ -1,4 +1,4 @@
-"""The search on the true KLD: proposals, the paired test, the estimate against measurement, and what it may never do."""
+"""The search on the true KLD: proposals, the paired test, estimate against measurement, and what it may never do."""
 
 import itertools
 import json
@@ -173,7 +173,7 @@ def bad_start(problem, seed=0):
     rng = np.random.default_rng(seed)
     taken = {name: min(row, key=lambda o: o.bytes).format for name, row in problem.options.items()}
     for name in rng.permutation(list(taken)):
-        better = taken | {str(name): "Q4_K"}
+        better = taken | {str(name): max(problem.options[name], key=lambda o: o.bytes).format}
         if sum(o.bytes for o in problem.chosen(better).values()) <= problem.room:
             taken = better
     return problem.recipe(taken, {"seed": seed})
@@ -198,7 +198,7 @@ def searched(run, tmp_path_factory):
 
 
 def test_a_bad_start_gets_better_within_its_bytes_and_pins(searched):
-    _, folder, problem, start, found = searched
+    _, folder, problem, _, found = searched
     told = found.provenance["search"]
     assert found.provenance["seed"] == 0 and found.provenance["allocation"]["budget_bytes"] == problem.budget
     assert told["accepted"] >= 1 and told["tried"] == 7 and told["level"] == "plain"
@@ -244,7 +244,7 @@ def test_the_held_out_part_decides(searched, tmp_path):
 
 
 def test_no_time_returns_the_start_and_another_start_begins_anew(searched, tmp_path):
-    search, folder, problem, start, _ = searched
+    search, folder, problem, _, _ = searched
     other = tmp_path / "run"
     shutil.copytree(folder, other)
     better = problem.recipe(problem.solve(), {})
@@ -255,5 +255,5 @@ def test_no_time_returns_the_start_and_another_start_begins_anew(searched, tmp_p
 
 def test_too_little_text(searched, run):
     _, folder, problem, start, _ = searched
-    with pytest.raises(DynqError, match="at least 6 chunks.*not 5.*n_chunks"):
+    with pytest.raises(DynqError, match=r"at least 6 chunks.*not 5.*n_chunks"):
         improve(run[0], None, problem, start, None, run[1][:5], folder, "t", seconds=1.0)
