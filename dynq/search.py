@@ -371,6 +371,7 @@ class Climb:
         self._begun, self._before = time.monotonic(), self.log.used
         self._present: dict[str, str] = {}
         self._known: dict[int, np.ndarray] = {}  # part -> KLD of each chunk at the present formats
+        self._refused: list[dict[str, str]] = []  # changes of the present formats, in this round
 
     def run(self, start: Mapping[str, str]) -> None:
         """Fill `steps`, the start first."""
@@ -407,6 +408,7 @@ class Climb:
         """One gradient and its proposals; whether any was accepted."""
         accepted, done = False, -1
         begin = dict(self._present)
+        self._refused = []
         while (line := self.log.replay("tried")) is not None and line["round"] == number:
             self._take(line)
             accepted, done = accepted or line["accepted"], line["proposal"]
@@ -444,7 +446,7 @@ class Climb:
         """Measure a proposal; the line to log, or None where there is nothing to try."""
         new = {**self._present, **proposal.formats}
         changed = {name: fmt for name, fmt in new.items() if fmt != self._present[name]}
-        if not changed or self._bytes(new) > self.problem.room:
+        if not changed or changed in self._refused or self._bytes(new) > self.problem.room:
             return None
         self._check()
         part = self.fit[test]
@@ -475,8 +477,12 @@ class Climb:
 
     def _take(self, line: Mapping[str, Any]) -> None:
         self.tried += 1
-        if line["accepted"]:
-            self._present = self._present | {name: new for name, (_, new) in line["tried"].items()}
+        changed = {name: new for name, (_, new) in line["tried"].items()}
+        if not line["accepted"]:
+            self._refused.append(changed)
+        else:
+            self._refused = []
+            self._present = self._present | changed
             self.steps.append((self._present, line["kld_held_out"]))
 
     def _held_out(self) -> float:
