@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -319,48 +319,107 @@ def allocate(
     nothing or asks for a format without a row in the table, a profile that leaves a tensor nothing, a table that does
     not belong to these tensors.
     """
-    target = parse_target(target) if isinstance(target, str) else target
-    fixed = {name: "F32" for name, info in checkpoint_tensors.items() if not info.quantizable}
-    options = _candidates(table, checkpoint_tensors, pins or {}, profile)
-
-    align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
-    n_weights = sum(math.prod(info.shape) for info in checkpoint_tensors.values())
-    outside = sum(_pad(_stored(fmt, tuple(checkpoint_tensors[name].shape))[1], align) for name, fmt in fixed.items())
-    if target.kind == "bpw":
-        budget = math.floor(target.value * n_weights / 8)
-    elif target.kind == "file":
-        budget = math.floor(target.value)
-        outside += header_bytes
-    else:
-        budget = mixes.mix_bytes(target.like, checkpoint_tensors, metadata, has_importance)
-
-    names = list(options)
-    sizes = [[_pad(size, align) for _, size, _ in options[name]] for name in names]
-    losses = [[loss for _, _, loss in options[name]] for name in names]
-    smallest = outside + sum(map(min, sizes))
-    if smallest > budget:
-        raise DynqError(_too_small(target, smallest, n_weights, budget))
-    picked = choose(sizes, losses, budget - outside)
-
-    chosen = {name: options[name][j] for name, j in zip(names, picked, strict=True)}
-    recipe = {name: fixed.get(name) or chosen[name][0] for name in checkpoint_tensors}
-    tensor_bytes = sum(_stored(fmt, tuple(checkpoint_tensors[name].shape))[1] for name, fmt in recipe.items())
-    used = outside + sum(size[j] for size, j in zip(sizes, picked, strict=True))
-    allocation: dict[str, Any] = {"budget_bytes": budget, "used_bytes": used, "profile": profile or "all"}
-    allocation["pins"] = dict(pins or {})
-    if all(loss[j] <= min(loss) for loss, j in zip(losses, picked, strict=True)) and budget > used:
-        allocation["note"] = (
-            f"the target {target.text} is more than the best of the candidate formats need: "
-            f"{_in_unit(target, used, n_weights)} is the largest, and it was taken"
-        )
-    return Recipe(
-        formats=recipe,
-        target=target.text,
-        tensor_bytes=tensor_bytes,
-        bpw=8 * tensor_bytes / n_weights,
-        predicted_kld=float(math.fsum(loss for _, _, loss in chosen.values())),
-        provenance={**(provenance or {}), "allocation": allocation},
+    problem = Problem.of(
+        table,
+        checkpoint_tensors,
+        target,
+        metadata=metadata,
+        header_bytes=header_bytes,
+        pins=pins,
+        profile=profile,
+        has_importance=has_importance,
     )
+    return problem.recipe(problem.solve(), provenance or {})
+
+
+class Option(NamedTuple):
+    """A format that a tensor may take, after fallbacks; bytes in the file, padding included; predicted loss in nats."""
+
+    format: str
+    bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What there is to decide: for every quantizable tensor its options, of which one each, within `room` bytes."""
+
+    target: Target
+    tensors: "Mapping[str, TensorInfo]"
+    options: dict[str, list[Option]]
+    room: int
+    budget: int  # of all that counts: `room` and what is fixed
+    pins: dict[str, str]
+    profile: str
+
+    @classmethod
+    def of(
+        cls,
+        table: "pyarrow.Table",
+        checkpoint_tensors: "Mapping[str, TensorInfo]",
+        target: str | Target,
+        *,
+        metadata: Mapping[str, Any],
+        header_bytes: int = 0,
+        pins: Mapping[str, str] | None = None,
+        profile: str | None = None,
+        has_importance: bool = True,
+    ) -> "Problem":
+        """Arguments and errors of `allocate`."""
+        target = parse_target(target) if isinstance(target, str) else target
+        fixed = [info for info in checkpoint_tensors.values() if not info.quantizable]
+        options = _candidates(table, checkpoint_tensors, pins or {}, profile)
+
+        align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
+        n_weights = sum(math.prod(info.shape) for info in checkpoint_tensors.values())
+        outside = sum(_pad(_stored("F32", tuple(info.shape))[1], align) for info in fixed)
+        if target.kind == "bpw":
+            budget = math.floor(target.value * n_weights / 8)
+        elif target.kind == "file":
+            budget = math.floor(target.value)
+            outside += header_bytes
+        else:
+            budget = mixes.mix_bytes(target.like, checkpoint_tensors, metadata, has_importance)
+
+        padded = {name: [Option(f, _pad(size, align), loss) for f, size, loss in row] for name, row in options.items()}
+        smallest = outside + sum(min(option.bytes for option in row) for row in padded.values())
+        if smallest > budget:
+            raise DynqError(_too_small(target, smallest, n_weights, budget))
+        return cls(target, checkpoint_tensors, padded, budget - outside, budget, dict(pins or {}), profile or "all")
+
+    def solve(self) -> dict[str, str]:
+        """The format of each tensor of `options` for which the sum of losses is smallest."""
+        rows = list(self.options.values())
+        picked = choose([[o.bytes for o in row] for row in rows], [[o.loss for o in row] for row in rows], self.room)
+        return {name: row[j].format for (name, row), j in zip(self.options.items(), picked, strict=True)}
+
+    def chosen(self, taken: Mapping[str, str]) -> dict[str, Option]:
+        """The option of each tensor that has the format named for it."""
+        return {name: next(o for o in row if o.format == taken[name]) for name, row in self.options.items()}
+
+    def recipe(self, taken: Mapping[str, str], provenance: Mapping[str, Any]) -> Recipe:
+        """The recipe of one format for each tensor of `options`; predicted_kld is the sum of the losses."""
+        chosen = self.chosen(taken)
+        every = {name: taken[name] if name in chosen else "F32" for name in self.tensors}
+        tensor_bytes = sum(_stored(fmt, tuple(self.tensors[name].shape))[1] for name, fmt in every.items())
+        n_weights = sum(math.prod(info.shape) for info in self.tensors.values())
+        used = self.budget - self.room + sum(option.bytes for option in chosen.values())
+        allocation: dict[str, Any] = {"budget_bytes": self.budget, "used_bytes": used, "profile": self.profile}
+        allocation["pins"] = self.pins
+        best = all(option.loss <= min(o.loss for o in self.options[name]) for name, option in chosen.items())
+        if best and self.budget > used:
+            allocation["note"] = (
+                f"the target {self.target.text} is more than the best of the candidate formats need: "
+                f"{_in_unit(self.target, used, n_weights)} is the largest, and it was taken"
+            )
+        return Recipe(
+            formats=every,
+            target=self.target.text,
+            tensor_bytes=tensor_bytes,
+            bpw=8 * tensor_bytes / n_weights,
+            predicted_kld=float(math.fsum(option.loss for option in chosen.values())),
+            provenance={**provenance, "allocation": allocation},
+        )
 
 
 def _pad(size: int, align: int) -> int:

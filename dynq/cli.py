@@ -34,6 +34,8 @@ Examples:
 
   dynq run model-f16.gguf --target 4bpw --pin "token_embd.weight=Q8_0" -p n_chunks=64 --out runs/pinned
 
+  dynq run Qwen/Qwen3-0.6B --target 3bpw --search 10min -p n_chunks=64 --out runs/searched
+
 The same command again goes on where a run was cut off; a step whose inputs have not changed is skipped.
 """
 
@@ -71,6 +73,9 @@ def run(
     pin: Annotated[
         list[str] | None, typer.Option(help="TENSORS=FORMAT with * and ?, or >=FORMAT, <=FORMAT. Several allowed.")
     ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="Time to look for a better recipe on measured KLD: 10min, 90s. Default: none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     parameter: Annotated[
@@ -95,6 +100,7 @@ def run(
         "imatrix": _absolute(str(imatrix)) if imatrix else None,
         "profile": profile,
         "pins": parse_pins(pin) if pin else None,
+        "search": search,
         "seed": seed,
         "threads": threads,
         "allow_requantize": allow_requantize or None,

@@ -237,6 +237,51 @@ def _bpw(names: Iterable[str], recipe: Mapping[str, str], tensors: "Mapping[str,
     return 8 * size / sum(tensors[name].n_weights for name in names)
 
 
+def search_steps(lines: Sequence[Mapping[str, Any]]) -> Picture:
+    """Held-out KLD at the start and after each accepted step of a search. lines: of `dynq.search.read_log`."""
+    steps = [line for line in lines if "kld_held_out" in line]
+    held_out = [line["kld_held_out"] for line in steps]
+    figure = go.Figure(
+        go.Scatter(
+            x=list(range(len(steps))),
+            y=held_out,
+            text=["start", *(f"{len(line['tried'])} changes" for line in steps[1:])],
+            mode="lines+markers",
+            marker={"color": BLUE, "size": 8},
+            line={"color": BLUE, "width": 1.5},
+        )
+    )
+    best = int(np.argmin(held_out))
+    figure.add_scatter(
+        x=[best],
+        y=[held_out[best]],
+        mode="markers",
+        name="taken",
+        marker={"color": ORANGE, "size": 14, "symbol": "star"},
+    )
+    figure.data[0].name = "accepted"
+    tried = len(lines) - 1
+    _layout(figure, f"{len(steps) - 1} of {tried} proposals accepted, step {best} taken", 340)
+    figure.update_xaxes(title="step", dtick=1).update_yaxes(title="mean KLD, held-out chunks, nats")
+    table = [
+        {"step": 0, "changes": "start", "bytes": steps[0]["bytes"], "expected": None, "KLD change": None, "t": None}
+    ]
+    for step, line in enumerate(steps[1:], 1):
+        changes = ", ".join(f"{name.removesuffix('.weight')} {a} to {b}" for name, (a, b) in line["tried"].items())
+        table.append(
+            {
+                "step": step,
+                "changes": changes,
+                "bytes": line["bytes"],
+                "expected": line["estimate"],
+                "KLD change": line["kld"][1] - line["kld"][0],
+                "t": line["t"],
+            }
+        )
+    rows = [row | {"KLD held out": held} for row, held in zip(table, held_out, strict=True)]
+    return Picture(figure, html_table(rows, "Accepted steps: expected on one part of the chunks, tested on another"))
+
+
 # --- 06: the file -----------------------------------------------------------------------------------------------------
 
 

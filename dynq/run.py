@@ -179,6 +179,11 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     ]
     for step, own in steps.items():
         if step.startswith("allocate."):
+            if own["search"]:
+                from dynq.search import check_chunks, parse_seconds  # imports torch
+
+                parse_seconds(own["search"])
+                check_chunks(steps["calibrate"]["n_chunks"])
             allocate(
                 Table.from_pylist(rows),
                 checkpoint.tensors,

@@ -46,13 +46,18 @@ SCHEMA = pa.schema(
 HEAD_ROWS = 64  # head samples at a time: bounds the logits that are in memory
 
 
-def quadratic_form(error: torch.Tensor, samples: Samples) -> tuple[float, float]:
-    """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens.
+def projections(error: torch.Tensor, samples: Samples) -> torch.Tensor:
+    """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error.
 
     error: D, float32 ``[n_out, n_in]`` in the layout of the torch module (rows are looked up for an embedding).
     """
     moved = error[samples.x] if not samples.x.is_floating_point() else samples.x @ error.T
-    terms = 0.5 * samples.weight * (moved * samples.g).sum(-1).double().square()
+    return (moved * samples.g).sum(-1).double()
+
+
+def quadratic_form(error: torch.Tensor, samples: Samples) -> tuple[float, float]:
+    """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens."""
+    terms = 0.5 * samples.weight * projections(error, samples).square()
     return float(terms.sum()), float(terms.square().sum().sqrt())
 
 

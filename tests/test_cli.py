@@ -18,12 +18,14 @@ def test_help_has_examples():
     done = dynq_command("run", "--help", COLUMNS="100")
     assert done.returncode == 0
     assert "dynq run dynq-tiny --target 3.5bpw --out runs/demo" in done.stdout
+    assert "--search 10min" in done.stdout
     for option in (
         "--text",
         "--eval-text",
         "--imatrix",
         "--profile",
         "--pin",
+        "--search",
         "--seed",
         "--threads",
         "--force",

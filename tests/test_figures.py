@@ -110,6 +110,25 @@ def test_recipe_grid_stands_by_layer_and_kind():
     assert table["attn_q"][1:] == ["2", f"{(4.5 + 2.625) / 2:.4g}", f"{3.4375:.4g}", "1 Q2_K, 1 Q4_K"]
 
 
+def test_search_steps_shows_what_was_accepted_and_taken():
+    change = {"blk.0.attn_q.weight": ["Q4_K", "Q3_K"], "blk.1.attn_q.weight": ["Q2_K", "Q3_K"]}
+    tried = {"tried": change, "estimate": -0.01, "kld": [0.3, 0.29], "t": -2.5, "bytes": 998}
+    lines = [
+        {"start": True, "bytes": 1000, "kld_held_out": 0.31},
+        tried | {"accepted": True, "kld_held_out": 0.28},
+        tried | {"accepted": False},
+        tried | {"accepted": True, "kld_held_out": 0.29},
+    ]
+    picture = figures.search_steps(lines)
+    assert picture.figure.layout.title.text == "2 of 3 proposals accepted, step 1 taken"
+    assert list(picture.figure.data[0].y) == [0.31, 0.28, 0.29] and list(picture.figure.data[1].x) == [1]
+    _, start, first, _ = cells(picture)
+    assert start[:3] == ["0", "start", "1,000"] and start[-1] == "0.31"
+    assert first[1] == "blk.0.attn_q Q4_K to Q3_K, blk.1.attn_q Q2_K to Q3_K"
+    assert first[2:] == ["998", "-0.01", "-0.01", "-2.5", "0.28"]
+    assert len(cells(figures.search_steps(lines[:1]))) == 2
+
+
 def test_bytes_by_format_adds_up():
     picture = figures.bytes_by_format(RECIPE, TENSORS)
     table = {row[0]: row for row in cells(picture)}

@@ -335,6 +335,8 @@ def test_what_was_done_before_a_mistake_is_kept(tmp_path):
         ("1MB", {}, "the smallest possible is .* MB"),
         ("3.5bpw", {"pins": {"blk.*.nothing": "Q4_K"}}, "matches no tensor"),
         ("3.5bpw", {"profile": "no-such"}, "no profile 'no-such'"),
+        ("3.5bpw", {"search": "10"}, "search '10' is no time; write it as .*10min"),
+        ("3.5bpw", {"search": "1min", "n_chunks": 4}, "at least 6 chunks of calibration text, not 4"),
         ("3.5bpw", {"formats": ["Q9_K"]}, "Q9_K"),
         ("3.5bpw", {"files": ["theirs.gguf"]}, "theirs.gguf: no such file"),
     ],

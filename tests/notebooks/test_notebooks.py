@@ -258,6 +258,28 @@ def test_one_notebook_by_papermill(quick_run, tmp_path):
     assert {recipe.formats[f"blk.0.{kind}.weight"] for kind in ("attn_q", "ffn_up")} == {"Q4_K"}
 
 
+def test_search_in_a_notebook(quick_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(quick_run[0], folder)
+    text = json.loads((folder / "calibrate-text.json").read_text())
+    text["tokens"] *= 2  # a search needs six chunks
+    (folder / "calibrate-text.json").write_text(json.dumps(text))
+    papermill.execute_notebook(
+        str(NOTEBOOKS / "05_allocate.ipynb"),
+        str(tmp_path / "out.ipynb"),
+        {"run": str(folder), "target": "3bpw", "search": "1s", "threads": 1},
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    recipe = Recipe.load(folder / "3bpw.recipe.json")
+    told = recipe.provenance["search"]
+    assert recipe.bpw <= 3 and told["kld_held_out"][1] <= told["kld_held_out"][0]
+    state = json.loads((folder / "run.json").read_text())["steps"]["allocate.3bpw"]
+    assert state["parameters"]["search"] == "1s" and "3bpw.search.jsonl" in state["outputs"]
+    page = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[-1].data["text/html"]
+    assert "KLD held out" in page and "start" in page
+
+
 def test_mistake_in_a_notebook_is_one_line(quick_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(quick_run[0], folder)
