@@ -309,7 +309,7 @@ class Bench:
                 parameter.requires_grad_(True)
             for chunk, ids in enumerate(torch.from_numpy(part.tokens.astype(np.int64)).to(self.model.device)):
                 logits = self.model(input_ids=ids[None], use_cache=False).logits[0, part.first : -1].float()
-                log_p = part.log_probs(chunk, logits.device)
+                log_p = part.coded(chunk).log_probs(logits.device)
                 value = (log_p.exp() * (log_p - torch.log_softmax(logits, -1))).sum(-1).mean()
                 (value / len(part.tokens)).backward()
                 each.append(float(value.detach()))
