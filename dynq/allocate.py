@@ -87,9 +87,10 @@ def parse_target(text: str) -> Target:
             raise DynqError(f"target {text!r}: no mix {plain[5:]!r}; llama.cpp's mixes are {', '.join(mixes.MIXES)}")
         return Target(text, "like", like=name)
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(bpw|bits?|[kmgt]i?b|b)", plain.lower())
-    if not match or float(match[1]) <= 0:
+    # to most "4b" and "8B" are bits and parameters, not bytes
+    if not match or float(match[1]) <= 0 or (match[2] == "b" and not re.fullmatch(r"\d{4,}", match[1])):
         raise DynqError(
-            f'target {text!r} is not a size; write it as "3.5bpw", "8GB", "750MB", "2.5GiB" or "like:Q4_K_M"'
+            f'target {text!r} is not a size; write it as "3.5bpw", "8GB", "750MB", "6346016B" or "like:Q4_K_M"'
         )
     number, unit = float(match[1]), match[2]
     if unit in _UNITS:

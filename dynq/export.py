@@ -54,7 +54,7 @@ def export(
         importance: importance per tensor for the encoders, or None.
         imatrix_file: the name to write as `quantize.imatrix.file`.
         level: how hard the encoders search, as in `codec.quantize`.
-        threads: threads of the encoders; the bytes do not depend on it.
+        threads: threads of the encoders; their bytes do not depend on it.
         source: gives the bytes of all tensors for the formats that are written (in that order), instead of the encoders
             at that level.
 

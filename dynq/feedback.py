@@ -137,7 +137,7 @@ def encode(
     form, total, ratios = scales.grid(fmt), _sum(fitted, n), list[np.ndarray]()
     reason = _unfit(fmt, form, total, sum(h.tokens for h in kept))
     if not reason and guard and sum(h.tokens > 0 for h in fitted) < 2:
-        reason = "a single domain is fitted, which says nothing of others; give several, or guard=False"
+        reason = "a single domain is fitted, which says nothing of others (guard=False allows it)"
     if not reason and not judged.any():
         reason = "plain encoding makes no error on the inputs kept aside"
     if form is not None and not reason:

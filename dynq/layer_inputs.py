@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
-BUDGET = 4 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
+BUDGET = 8 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
+_BYTES = 4 + 8  # of an entry: as it is summed up, and as `feedback.encode` works on it
 
 
 def feed_back(
@@ -42,24 +43,27 @@ def feed_back(
     """By `feedback.encode`, on what the layers of the original read; by `search` what no layer multiplies by.
 
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
-    chunk. Every fourth chunk of a domain is kept aside, see `feedback.encode`.
+    chunk. `kept_aside` of them judge, see `feedback.encode`.
     parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
     A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
     """
     parts.mkdir(exist_ok=True)
     modules = _modules(checkpoint, model)
-    sizes = {name: 2 * len(set(domains)) * 4 * checkpoint.tensors[name].row ** 2 for name in chosen}
+    fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
+    each = 2 * len(set(domains)) * _BYTES
+    sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
+    guard = len(set(domains)) > 1  # with a single text that is what the model is for
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
-            missing = [name for name in bunch if not _part(parts, name).exists()]
-            reading = {n: modules[n] for n in missing if n in modules and scales.grid(chosen[n]) is not None}
+            missing = [name for name in bunch if not _holds(_part(parts, name), chosen[name])]
+            reading = {name: modules[name] for name in missing if name in fed}
             hessians = collect(model, reading, tokens, domains, batch=batch) if reading else {}
             for name in bunch:
                 if name in missing:
                     read = hessians.get(name)
                     reason = f"{chosen[name]} has no feedback" if name in modules else "looked up, or not quantized"
-                    _encode_part(checkpoint, name, chosen[name], importance, read or reason, parts, threads)
+                    _encode_part(checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads)
                 with safe_open(_part(parts, name), framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")
                 bar.update(1)
@@ -73,6 +77,7 @@ def _encode_part(
     fmt: str,
     importance: Importance | None,
     inputs: tuple[list[feedback.Hessian], list[feedback.Hessian]] | str,
+    guard: bool,
     parts: Path,
     threads: int | None,
 ) -> None:
@@ -83,7 +88,7 @@ def _encode_part(
         told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
     else:
         mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
-        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, threads=threads)
+        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads)
         data = made.data
         told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
     with replacing(_part(parts, name)) as beside:
@@ -92,6 +97,14 @@ def _encode_part(
 
 def _part(parts: Path, name: str) -> Path:
     return parts / f"{name}.safetensors"
+
+
+def _holds(part: Path, fmt: str) -> bool:
+    """Whether a part is there and of this format."""
+    if not part.exists():
+        return False
+    with safe_open(part, framework="np") as file:
+        return bool(json.loads(file.metadata()["told"])["format"] == fmt)
 
 
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -109,7 +122,8 @@ def expected_kld(table: "pyarrow.Table", told: Sequence[Mapping[str, Any]]) -> f
     """What a sensitivity table of plain encodings predicts once errors are fed back: the sum over tensors of predicted
     KLD times the mean ratio of output errors, which is the ratio of the quadratic forms where tokens weigh alike.
 
-    told: as `reports` gives it, of formats that the table has; other tensors count as without loss.
+    table: of level `plain`. told: as `reports` gives it, of formats that the table has; other tensors count as without
+    loss.
     """
     plain = {(row["tensor"], row["format"]): row["predicted_kld"] for row in table.to_pylist()}
     return sum(plain.get((entry["tensor"], entry["format"]), 0.0) * entry["gain"] for entry in told)
@@ -191,11 +205,13 @@ def collect(
 
 
 def kept_aside(domains: Sequence[str]) -> np.ndarray:
-    """bool ``[n_chunks]``: whether a chunk is one of those that judge, the last of every `ASIDE` of its domain."""
+    """bool ``[n_chunks]``: whether a chunk is one of those that judge: the last of every `ASIDE` of its domain, or the
+    last of two or three."""
     labels = np.array(domains)
     aside = np.zeros(len(labels), bool)
     for domain in dict.fromkeys(domains):
-        aside[np.flatnonzero(labels == domain)[ASIDE - 1 :: ASIDE]] = True
+        own = np.flatnonzero(labels == domain)
+        aside[own[ASIDE - 1 :: ASIDE] if len(own) >= ASIDE or len(own) == 1 else own[-1:]] = True
     return aside
 
 

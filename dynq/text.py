@@ -7,6 +7,8 @@ where the tokenizer adds one (see `compute_imatrix` in its tools/imatrix/imatrix
 import filecmp
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +34,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 class Text:
     """tokens: int32 [n_chunks, n_ctx]; description: source, counts, seed; sha256: of shape and tokens.
 
-    domains: of each chunk, the file it is from, or the family of prompts it is sampled with.
+    domains: of each chunk, the file it is from (see `labels`), or the family of prompts it is sampled with.
     """
 
     tokens: NDArray[np.int32]
@@ -82,6 +84,12 @@ def text_files(spec: str) -> list[Path]:
     if spec in ("", "sampled"):
         return []
     return [Path(spec)] if Path(spec).exists() else [Path(part.strip()) for part in spec.split(",") if part.strip()]
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The names of files, with their folders where two have the same."""
+    seen = Counter(path.name for path in paths)
+    return [path.name if seen[path.name] == 1 else str(path) for path in paths]
 
 
 def load_text(
@@ -208,9 +216,15 @@ def _sampled_chunks(
 
 
 def _document_start(model: Any, tokenizer: Any) -> int | None:
-    """The token that a text begins with, None where the model has none."""
-    config = model.config.get_text_config()
-    found: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    """The token that a text begins with, None where the model has none: or where it begins every turn of a chat."""
+    found: int | None = tokenizer.bos_token_id
+    if found is None:  # a config's own default is any token
+        found = model.config.get_text_config().bos_token_id
+        found = found if found in tokenizer.all_special_ids else None
+    if found is not None and tokenizer.chat_template:
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+        if encode(tokenizer, _templated(tokenizer, turns, "prompt"), special=False).count(found) > 1:
+            return None
     return found
 
 
@@ -287,7 +301,7 @@ def _file_chunks(paths: list[Path], tokenizer: Any, n_ctx: int, n_chunks: int) -
     domains: list[str] = []
     for turn in range(max(map(len, sources), default=0)):
         chunks += [list(source[turn]) for source in sources if turn < len(source)]
-        domains += [path.name for path, source in zip(paths, sources, strict=True) if turn < len(source)]
+        domains += [name for name, source in zip(labels(paths), sources, strict=True) if turn < len(source)]
     if not chunks:
         names = ", ".join(map(str, paths))
         raise DynqError(

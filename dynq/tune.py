@@ -15,8 +15,10 @@ file would be written. The best state is returned, and the bytes as they came wh
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ WARMUP = 5  # steps of growing length: Adam's first ones are as long for small g
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
 HALVINGS = 2  # before the search ends
+LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
 
 
 @dataclass(frozen=True)
@@ -80,22 +83,38 @@ def tune(
         tensors: GGUF name -> (format, uint8 [..., row_bytes]), all of the model; not changed.
         tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
         batch: chunks a step; passes: over the tokens, at most; rate: see the module.
-        folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary; the
-            system's temporary one by default.
+        folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary, in its
+            ``teacher/`` (emptied first); the system's temporary folder by default.
 
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
     twice that and 6 % more where there are offsets. The same input gives the same bytes for the same seed and number of
     threads, on a CPU.
-    DynqError: no chunks, a tensor is missing or does not fit the model, the disk is full.
+    DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite, the disk is full.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
-    with tempfile.TemporaryDirectory(prefix="dynq-", dir=folder) as place:
+    with _place(folder) as place:
         fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
         judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
         return _Search(checkpoint, teacher.device, tensors, fit, judge, rate).run(seed, batch, passes)
+
+
+@contextmanager
+def _place(folder: Path | None) -> Iterator[Path]:
+    """A folder that goes when it is no longer needed; what a killed process left in it goes before."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="dynq-") as name:
+            yield Path(name)
+        return
+    place = folder / "teacher"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def tuned(
@@ -113,14 +132,20 @@ def tuned(
     """What `encoded` gives for the chosen formats, tuned; a source for `dynq.export.export`.
 
     tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them judge, and without any of those nothing
-    is tuned. report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
+    is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
+    report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
     """
     tensors = {name: (fmt, data) for name, fmt, data in encoded(chosen)}
     aside, told = kept_aside(domains), {}
     if aside.any() and not aside.all():
         found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, folder=folder)
         tensors = found.tensors
-        told = {"kld": found.kld, "steps": found.steps, "tuned": found.tuned, "history": found.history}
+        told = {
+            "kld": found.kld,
+            "steps": found.steps,
+            "tuned": found.tuned,
+            "history": [(scale, value if np.isfinite(value) else None) for scale, value in found.history],
+        }
     else:
         told = {"reason": f"{len(tokens)} chunks of calibration text are too few to keep some aside"}
     with replacing(report) as beside:
@@ -239,13 +264,13 @@ class _Search:
         self.model = load_model(checkpoint, self._decoded(tensors)).to(device)
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters())
-        errors = {name: self._error(name) for name, (fmt, _) in tensors.items() if fmt in halves.AT}
+        errors = {name: self._error(name) for name in tensors if checkpoint.tensors[name].quantizable}
         sizes = np.array([checkpoint.tensors[name].n_weights for name in errors])
         mean = float(np.average(list(errors.values()), weights=sizes)) if errors else 0.0
         self.blocks = []
-        for name, (fmt, data) in tensors.items():
+        for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
             parameter = parameters.get(checkpoint.architecture.parameter(name))
-            if parameter is not None and (name in errors or (fmt == "F32" and parameter.ndim == 1)):
+            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and parameter.ndim == 1)):
                 size = rate * errors.get(name, mean)
                 self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
 
@@ -269,6 +294,12 @@ class _Search:
     def run(self, seed: int, batch: int, passes: int) -> Tuned:
         rng, n = np.random.default_rng(seed), len(self.fit.tokens)
         before = best = self.measured()
+        if not np.isfinite(before):
+            raise DynqError(
+                f"{self.checkpoint.name}: the encoded model's answers are not finite; take tune=0, or more bits"
+            )
+        if not self.blocks:
+            return Tuned(dict(self.tensors), (before, before), 0, 0, ())
         kept = [b.m.clone() for b in self.blocks]
         history: list[tuple[float, float]] = []
         scale, taken, halvings = 1.0, 0, 0

@@ -224,7 +224,7 @@ def test_more_than_the_largest_takes_it_and_says_so():
 
 
 @pytest.mark.parametrize(
-    ("target", "unit"), [("1.5bpw", " bpw"), ("0.2MB", " MB"), ("0.0002 GiB", " GiB"), ("9B", " B")]
+    ("target", "unit"), [("1.5bpw", " bpw"), ("0.2MB", " MB"), ("0.0002 GiB", " GiB"), ("1000B", " B")]
 )
 def test_too_small_says_the_smallest_in_the_same_unit_and_that_one_works(target, unit):
     with pytest.raises(DynqError, match="smallest possible") as error:

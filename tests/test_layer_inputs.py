@@ -114,3 +114,29 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     again = run(tmp_path / "b")
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert all(np.array_equal(again[n][1], whole[n][1]) for n in chosen)
+
+    # a part of another format is made anew
+    other = dict(chosen, **{name: "Q4_1"})
+    made = next(
+        data
+        for n, _, data in feed_back(checkpoint, other, importance, model, tokens, DOMAINS, tmp_path / "b", threads=1)
+        if n == name
+    )
+    assert made.shape[-1] != whole[name][1].shape[-1]
+
+
+def test_a_single_text_is_fed_back_without_the_guard(parts_of, tmp_path) -> None:
+    checkpoint, model, tokens = parts_of
+    chosen = {n: ("Q4_0" if i.quantizable else "F32") for n, i in checkpoint.tensors.items()}
+    importance = _importance(checkpoint)
+    for _ in feed_back(checkpoint, chosen, importance, model, tokens, ["a"] * len(tokens), tmp_path / "p", threads=1):
+        pass
+    assert [entry["level"] for entry in reports(tmp_path / "p", list(chosen))].count("feedback") > 5
+
+
+@pytest.mark.parametrize(
+    "domains, aside",
+    [("a", []), ("aa", [1]), ("aaa", [2]), ("aaaa", [3]), ("aaaaaaa", [3]), ("abab", [2, 3]), ("aabaaacaa", [4])],
+)
+def test_every_domain_of_two_chunks_has_one_that_judges(domains, aside) -> None:
+    assert np.flatnonzero(layer_inputs.kept_aside(list(domains))).tolist() == aside

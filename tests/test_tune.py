@@ -212,6 +212,23 @@ def test_text_of_no_chunks_is_one_clear_line(start):
         tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside[:0])
 
 
+def test_nothing_is_tuned_of_what_loses_nothing(start):
+    sixteen = {}
+    for name, info in start.checkpoint.tensors.items():
+        fmt = "F16" if info.quantizable else "F32"
+        sixteen[name] = fmt, codec.quantize(start.checkpoint.read(name), fmt)
+    found = tune.tune(start.checkpoint, start.teacher, sixteen, start.fit, start.aside)
+    assert found.steps == 0 and found.kld[0] == found.kld[1] < 1e-5
+    assert all(found.tensors[name][1] is data for name, (_, data) in sixteen.items())
+
+
+def test_a_killed_run_leaves_nothing_behind(start, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "old.u16").write_bytes(b"x")
+    tuned(start, passes=1, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_source_for_an_export(start, tmp_path):
     def stream(passes, domains, report="told.json"):
         def encoded(chosen):

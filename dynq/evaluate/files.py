@@ -21,10 +21,11 @@ from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import compare, kld, logits_file, tables, tasks
 from dynq.evaluate.kept import Kept
-from dynq.evaluate.original import Original, Text, labels
+from dynq.evaluate.original import Original, Text
 from dynq.folder import RunFolder, content_hash
 from dynq.imatrix import Importance, read_imatrix
 from dynq.tables import text_table
+from dynq.text import labels
 from dynq.torch_model import load_model
 
 LEAST_CONTEXT = 16  # tokens in a chunk: fewer score too few positions for an error of the mean

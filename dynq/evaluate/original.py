@@ -1,11 +1,8 @@
 """The original that files are measured against: its model, its text, its log-probabilities."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.evaluate.kept import digest
 from dynq.folder import RunFolder, content_hash
-from dynq.text import load_text, text_files
+from dynq.text import labels, load_text, text_files
 from dynq.torch_model import load_model, load_tokenizer
 
 
@@ -102,9 +99,3 @@ class Original:
     def release(self) -> None:
         """Give the model's memory back, before another one is loaded."""
         self.__dict__.pop("model", None)
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """The names of files, with their folders where two have the same."""
-    seen = Counter(path.name for path in paths)
-    return [path.name if seen[path.name] == 1 else str(path) for path in paths]
