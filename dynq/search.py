@@ -193,7 +193,7 @@ def improve(
 
     model: the original in transformers, float32; it holds the result's weights afterwards. problem: with the pins,
     profile and bytes of the target. tokens: int32 ``[n_chunks, n_ctx]``, the calibration text. folder: a run folder
-    with ``fisher/``; ``<name>.search.jsonl`` is written there, a header, the start and a line for each proposal tried; a
+    with ``fisher/``; ``<name>.search.jsonl`` is written there, a header, the start and a line for each proposal; a
     search that was cut off goes on from it, and the seconds it had used count. level: of the encoders. max_tried: stop
     after so many proposals.
 
