@@ -191,11 +191,11 @@ def improve(
 ) -> Recipe:
     """The recipe with the lowest held-out KLD among `recipe` and the steps accepted in `seconds` from it.
 
-    model: the original in transformers, float32; it holds the result's weights afterwards. problem: of
-    `dynq.allocate`, with pins, profile and bytes of the target. tokens: int32 ``[n_chunks, n_ctx]``, the calibration
-    text. folder: a run folder with ``fisher/``; ``<name>.search.jsonl`` is written there, a header and a line for each
-    round, each proposal tried and each accepted step; a search that was cut off goes on from it, and the seconds it had
-    used count. level: of the encoders. max_tried: stop after so many proposals.
+    model: the original in transformers, float32; it holds the result's weights afterwards. problem: with the pins,
+    profile and bytes of the target. tokens: int32 ``[n_chunks, n_ctx]``, the calibration text. folder: a run folder
+    with ``fisher/``; ``<name>.search.jsonl`` is written there, a header, the start and a line for each proposal; a
+    search that was cut off goes on from it, and the seconds it had used count. level: of the encoders. max_tried: stop
+    after so many proposals.
 
     DynqError where there are fewer than six chunks.
     """
@@ -205,7 +205,7 @@ def improve(
     about |= {"model": checkpoint.fingerprint, "dynq": dynq.__version__, "tokens": tokens.tolist()}
     about |= {"options": [[name, *row] for name, row in problem.options.items()]}
     log = Log(folder / f"{name}.search.jsonl", hashlib.sha256(json.dumps(about).encode()).hexdigest())
-    kept = folder / f"{name}.reference"
+    kept = folder / "search"
     try:
         reference = kld.make_reference(model, tokens, kept, first=0, desc="original")
         parts = [kld.Reference(tokens[i::3], 0, reference.depth[i::3]) for i in range(3)]
@@ -222,15 +222,19 @@ def improve(
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The start and every proposal tried, in their order, as `<name>.search.jsonl` holds them."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.endswith("}")]
+    return _whole_lines(path)[1:]
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 class Log:
     """A file of JSON lines that is first replayed, then written: what is recorded already is not done again."""
 
     def __init__(self, path: Path, digest: str):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("}")]
+        whole = _whole_lines(path)
         if not whole or whole[0].get("search") != digest:
             whole = [{"search": digest, "seconds": 0.0}]
         self.used = float(whole[-1]["seconds"])
