@@ -35,12 +35,13 @@ from scipy import stats
 
 import dynq
 from dynq import codec
-from dynq.allocate import Option, Problem, choose
+from dynq.allocate import Option, Problem
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.fisher import HEAD, Fisher
 from dynq.imatrix import Importance
+from dynq.knapsack import choose
 from dynq.progress import progress
 from dynq.recipe import Recipe
 from dynq.sensitivity import head_divergence, projections

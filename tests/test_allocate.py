@@ -12,9 +12,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from dynq import formats, mixes
-from dynq.allocate import allocate, choose, parse_pins, parse_target
+from dynq.allocate import allocate, parse_pins, parse_target
 from dynq.checkpoint import TensorInfo
 from dynq.errors import DynqError
+from dynq.knapsack import choose
 
 # --- the solver -------------------------------------------------------------------------------------------------------
 
