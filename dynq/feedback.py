@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from dynq import codec, formats
 from dynq.compensate import Metric, encode_rows, shrunk
@@ -87,6 +88,8 @@ def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: Inputs) -> fl
     return _error(weights, decoded, _checked(inputs, weights.shape[-1]))
 
 
+# the products are small: threads of BLAS, beside our own over rows, take six times the processor's time
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def encode(
     weights: np.ndarray,
     fmt: str,
