@@ -71,7 +71,7 @@ def check_level(level: str, more: tuple[str, ...] = ()) -> None:
     """DynqError where there is no such level of encoding. more: levels beyond those of `quantize`."""
     levels = (*LEVELS, *more)
     if level not in levels:
-        raise DynqError(f"no level {level!r} of encoding; the levels are {', '.join(levels)}")
+        raise DynqError(f"no level {level!r} of encoding; the levels are {', '.join(levels[:-1])} and {levels[-1]}")
 
 
 def _quantize_experts(
