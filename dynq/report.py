@@ -61,7 +61,7 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
 
 def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float) -> list[dict[str, Any]]:
     """KLD after each stage of encoding, and how it is known. plain: predicted; exported: what notebook 06 wrote."""
-    rows = [{"stage": "before", "KLD": plain, "known by": "the sensitivity table, on calibration text"}]
+    rows = [{"stage": "as in the table", "KLD": plain, "known by": "the sensitivity table, on calibration text"}]
     if told := exported["encoding"]:
         fed_back = [entry for entry in told if entry["level"] == "feedback"]
         how = f"the table times the output errors of {len(fed_back)} tensors, on chunks kept aside"
