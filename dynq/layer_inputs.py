@@ -56,7 +56,8 @@ def feed_back(
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
-            missing = [name for name in bunch if not _holds(_part(parts, name), chosen[name])]
+            made = {name: _part(parts, name) for name in bunch}
+            missing = [n for n, part in made.items() if not (part.exists() and _told(part)["format"] == chosen[n])]
             reading = {name: modules[name] for name in missing if name in fed}
             hessians = collect(model, reading, tokens, domains, batch=batch) if reading else {}
             for name in bunch:
@@ -99,12 +100,10 @@ def _part(parts: Path, name: str) -> Path:
     return parts / f"{name}.safetensors"
 
 
-def _holds(part: Path, fmt: str) -> bool:
-    """Whether a part is there and of this format."""
-    if not part.exists():
-        return False
+def _told(part: Path) -> dict[str, Any]:
     with safe_open(part, framework="np") as file:
-        return bool(json.loads(file.metadata()["told"])["format"] == fmt)
+        told: dict[str, Any] = json.loads(file.metadata()["told"])
+    return told
 
 
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,8 +111,7 @@ def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     on the chunks kept aside over plain encoding's, domain after domain) and gain, their geometric mean (1 of none)."""
     found = []
     for name in names:
-        with safe_open(_part(parts, name), framework="np") as file:
-            told = json.loads(file.metadata()["told"])
+        told = _told(_part(parts, name))
         found.append(told | {"gain": float(np.exp(np.mean(np.log(told["ratios"])))) if told["ratios"] else 1.0})
     return found
 

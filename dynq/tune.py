@@ -136,7 +136,8 @@ def tuned(
     report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
     """
     tensors = {name: (fmt, data) for name, fmt, data in encoded(chosen)}
-    aside, told = kept_aside(domains), {}
+    aside = kept_aside(domains)
+    told: dict[str, Any]
     if aside.any() and not aside.all():
         found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, folder=folder)
         tensors = found.tensors
