@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dynq.architectures.slot import Slot
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.files import replacing
-from dynq.fisher import HEAD, Fisher, Recorder, batch_samples, true_fisher_backward
+from dynq.fisher import Fisher, batch_samples, true_fisher_backward
 from dynq.imatrix import Importance, write_imatrix
 from dynq.progress import progress
+from dynq.recorder import HEAD, Recorder
 
 
 def calibrate(
@@ -43,24 +45,33 @@ def calibrate(
         raise DynqError(f"calibration text of shape {tokens.shape}: need [chunks, tokens per chunk >= 2]")
     fisher = folder / "fisher"
     fisher.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(model, checkpoint)
+    if any(parameter.ndim == 3 for parameter in recorder.units.values()):
+        batch = 1  # an expert's tokens do not tell which sequence they are of
     starts = range(0, len(tokens), batch)
     todo = [(i, start) for i, start in enumerate(starts) if not (fisher / f"{i:05d}.safetensors").exists()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    recorder = Recorder(model, checkpoint)
-    try:
-        for i, start in progress(todo, desc="calibrate", unit="batch"):
-            recorder.clear()
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-            ids = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(model.device)
-            true_fisher_backward(model, ids, generator)
-            share = -(-keep * len(ids) // len(tokens))
-            samples, groups = batch_samples(recorder, len(ids), share, generator)
-            with replacing(fisher / f"{i:05d}.safetensors") as beside:
-                # one key: safetensors writes several in an order that changes from run to run
-                save_file(samples, beside, {"batch": json.dumps({"tokens": ids.numel(), "groups": groups})})
-    finally:
-        recorder.close()
+    for i, start in progress(todo, desc="calibrate", unit="batch"):
+        recorder.clear()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        ids = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(model.device)
+        with recorder:
+            log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
+        true_fisher_backward(log_p, generator)
+        share = -(-keep * len(ids) // len(tokens))
+        samples, groups = batch_samples(recorder, len(ids), share, generator)
+        batch_of = {
+            "tokens": ids.numel(),
+            "groups": groups,
+            "tensors": recorder.tensors,
+            "shapes": {unit: list(parameter.shape) for unit, parameter in recorder.units.items()},
+            "flipped": sorted(recorder.flipped),
+        }
+        with replacing(fisher / f"{i:05d}.safetensors") as beside:
+            # one key: safetensors writes several in an order that changes from run to run
+            save_file(samples, beside, {"batch": json.dumps(batch_of)})
+    recorder.clear()
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
@@ -68,13 +79,18 @@ def calibrate(
 
 def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, source: str) -> Importance:
     sums, counts = {}, {}
-    for name in fisher.group:
-        sum2 = fisher.in_sum2(name)
-        if sum2 is None:
-            continue  # an embedding has no inputs; llama-imatrix leaves it out too
+    for name in fisher.unit:
         tensor = "token_embd.weight" if name == HEAD and checkpoint.tied else name
-        sums[tensor] = sum2.astype(np.float32)[None, :]
-        counts[tensor] = np.array([tokens.size], dtype=np.float32)
+        found = fisher.in_sum2(name)
+        if found is None:
+            continue  # an embedding has no inputs; llama-imatrix leaves it out too
+        if name != HEAD:
+            unit = fisher.unit[name]
+            columns = _columns(checkpoint.architecture.slot_of(name), fisher.shapes[unit], unit in fisher.flipped)
+            if columns is None:
+                continue
+            found = found[0][:, columns], found[1]
+        sums[tensor], counts[tensor] = found[0].astype(np.float32), found[1].astype(np.float32)
     return Importance(
         sums={n: sums[n] for n in checkpoint.tensors if n in sums},
         counts={n: counts[n] for n in checkpoint.tensors if n in counts},
@@ -82,3 +98,15 @@ def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, sour
         chunk_count=len(tokens),
         chunk_size=tokens.shape[1],
     )
+
+
+def _columns(slot: Slot, shape: tuple[int, ...], flipped: bool) -> np.ndarray | None:
+    """Which input each column of a GGUF tensor multiplies; None where its rows do not run along the inputs.
+
+    (The k part of DeepSeek's kv_b is kept transposed: its inputs are queries, which no layer of transformers reads.)
+    """
+    axis = len(shape) - (2 if flipped else 1)
+    inputs = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    rows = slot.gather(np.broadcast_to(inputs, shape))
+    first = np.array(rows.reshape(-1, rows.shape[-1])[0])
+    return first if len(first) == shape[axis] and len(np.unique(first)) == len(first) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,19 +13,17 @@ from typing import Any
 import gguf
 import numpy as np
 
-from dynq import architectures, formats, tokenizer
+from dynq import architectures, formats, safetensors_reader, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
-from dynq.files import sha256
+from dynq.files import load_json, sha256
 from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
 EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
-_SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
-_LEFT_OUT = re.compile(r"rotary_emb\.inv_freq$|attention\.masked_bias$")  # buffers that old checkpoints carry
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
 _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
@@ -88,6 +85,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo],
         read: Callable[[str], np.ndarray],
         files: list[Path],
+        requantized: bool = False,
     ) -> None:
         self.name = name
         self.path = path
@@ -96,7 +94,7 @@ class Checkpoint:
         self.metadata = metadata
         self.tensors = tensors
         self.tied = "output.weight" not in tensors
-        self.requantized = any(info.dtype not in _SAFETENSORS_TYPES for info in tensors.values())
+        self.requantized = requantized
         self._read = read
         self._files = files
 
@@ -161,60 +159,27 @@ def _from_hub(model: str) -> Path:
 # --- Hugging Face directories ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in a safetensors file."""
-
-    path: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    def load(self) -> np.ndarray:
-        """The tensor as float32, in the checkpoint's own layout."""
-        n = int(np.prod(self.shape, dtype=np.int64))
-        raw = np.fromfile(self.path, _SAFETENSORS_TYPES[self.dtype], n, offset=self.offset)
-        if self.dtype == "BF16":  # the upper half of a float32
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            raw = wide.view(np.float32)
-        return raw.astype(np.float32, copy=False).reshape(self.shape)
-
-
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    config = _load_json(path / "config.json", "not a Hugging Face model directory")
-    architecture = architectures.for_config(config)
-    shards = _shards(path)
-    stored: dict[str, _Stored] = {}
-    for shard in shards:
-        for item in _safetensors_header(shard):
-            gguf_name = architecture.gguf_name(item.name)
-            if gguf_name == "output.weight" and config.get("tie_word_embeddings"):
-                continue  # some checkpoints store the tied head twice
-            if gguf_name is not None:
-                stored[gguf_name] = item
-            elif not _LEFT_OUT.search(item.name):
-                raise DynqError(f"{shard}: tensor {item.name} has no place in the architecture {architecture.name}")
-    if missing := [architecture.parameter(n) for n in architecture.required() if n not in stored]:
-        raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the model again")
-    embedding, wanted = stored["token_embd.weight"], (config["vocab_size"], config["hidden_size"])
-    if embedding.shape != wanted:
-        raise DynqError(f"{embedding.path}: {embedding.name} has shape {embedding.shape}, config.json implies {wanted}")
+    architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
+    shards = safetensors_reader.files(path)
+    stored = safetensors_reader.Directory(architecture, path, shards)
+    if missing := [architecture.slot_of(n) for n in architecture.required() if n not in stored.shapes]:
+        first = missing[0].stored.format(0) or missing[0].parameter
+        raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {first}; fetch the model again")
+    config, embedding = architecture.config, stored.shapes["token_embd.weight"]
+    if embedding != (config["vocab_size"], config["hidden_size"]):
+        wanted = config["vocab_size"], config["hidden_size"]
+        raise DynqError(f"{path}: model.embed_tokens.weight has shape {embedding}, config.json implies {wanted}")
     extra = architecture.extra_tensors()
     tensors = {}
-    for n in architecture.names():
-        if n in stored:
-            tensors[n] = TensorInfo(n, stored[n].shape, stored[n].dtype)
+    for n in architecture.slots:
+        if n in stored.shapes:
+            tensors[n] = TensorInfo(n, stored.shapes[n], stored.dtypes[n])
         elif n in extra:
             tensors[n] = TensorInfo(n, extra[n].shape, "F32")
 
     def read(n: str) -> np.ndarray:
-        if n in extra:
-            return extra[n]
-        array = stored[n].load()
-        _check_finite(array, f"{stored[n].path}: tensor {stored[n].name} ({n})")
-        return architecture.to_gguf(n, array)
+        return extra[n] if n in extra else stored.read(n)
 
     n_weights = sum(info.n_weights for info in tensors.values())
     metadata = _general(path, architecture, n_weights) | architecture.metadata()
@@ -233,61 +198,6 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
     writer.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(writer)
     return {key: value.value for key, value in writer.kv_data[0].items()}
-
-
-def _load_json(path: Path, meaning: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DynqError(f"{path.parent}: {meaning}, {path.name} is missing") from None
-    except (ValueError, OSError) as error:
-        raise DynqError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(loaded, dict):
-        raise DynqError(f"{path}: not a JSON object")
-    return loaded
-
-
-def _shards(path: Path) -> list[Path]:
-    """The safetensors files of a directory, each known to exist."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        if (single := path / "model.safetensors").exists():
-            return [single]
-        raise DynqError(f"{path}: no model.safetensors and no {index.name}; only safetensors weights are read")
-    shards = [path / name for name in sorted(set(_load_json(index, "no index").get("weight_map", {}).values()))]
-    for shard in shards:
-        if not shard.exists():
-            raise DynqError(f"{shard}: this shard is missing, though {index.name} names it; fetch it again")
-    return shards
-
-
-def _safetensors_header(path: Path) -> list[_Stored]:
-    """The tensors of one safetensors file. DynqError if the file ends before its data does.
-
-    Layout: the header's length as a little-endian uint64, the header as JSON, the data.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise DynqError(f"{path}: truncated or not a safetensors file ({size:,} bytes); fetch it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise DynqError(f"{path}: not a safetensors file (its header is not JSON); fetch it again") from None
-    header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < end:
-        raise DynqError(f"{path}: truncated, {size:,} bytes of {end:,}; fetch it again")
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            known = ", ".join(_SAFETENSORS_TYPES)
-            raise DynqError(f"{path}: tensor {name} has type {entry['dtype']}, which is not read; known are {known}")
-    return [
-        _Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
-        for name, entry in header.items()
-    ]
 
 
 # --- GGUF files -----------------------------------------------------------------------------------------------------
@@ -311,7 +221,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     architecture = architectures.for_gguf(fields, shapes)
     tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
     for n in tensors:
-        architecture.parameter(n)  # raises for a tensor that the family does not have
+        architecture.slot_of(n)  # raises for a tensor that the family does not have
     if missing := [n for n in architecture.required() if n not in tensors]:
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the file again")
     quantized = sorted({info.dtype for info in tensors.values()} - _PLAIN_TYPES)
@@ -333,19 +243,8 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
                 array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[n])
             except NotImplementedError:
                 raise DynqError(f"{path}: tensor {n} has type {kind}, for which there is no decoder") from None
-        _check_finite(array, f"{path}: tensor {n}")
+        safetensors_reader.check_finite(array, f"{path}: tensor {n}")
         return array
 
     metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
-    return Checkpoint(path.stem, path, architecture, metadata, tensors, read, [path])
-
-
-def _check_finite(array: np.ndarray, where: str) -> None:
-    if np.isfinite(array).all():
-        return
-    position = tuple(int(i) for i in np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape))
-    bad = int(array.size - np.isfinite(array).sum())
-    raise DynqError(
-        f"{where} holds {array[position]} at {list(position)} ({bad:,} such values): "
-        "the checkpoint is damaged, fetch it again"
-    )
+    return Checkpoint(path.stem, path, architecture, metadata, tensors, read, [path], bool(quantized))

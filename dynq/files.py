@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,3 +58,16 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def load_json(path: Path, meaning: str) -> dict[str, Any]:
+    """The object in a JSON file. DynqError if it is missing (meaning: what the folder then is) or is something else."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DynqError(f"{path.parent}: {meaning}, {path.name} is missing") from None
+    except (ValueError, OSError) as error:
+        raise DynqError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise DynqError(f"{path}: not a JSON object")
+    return loaded

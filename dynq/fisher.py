@@ -9,84 +9,35 @@ Tokens are kept with a probability that follows ``|x_s|^2 |g_s|^2``, the size th
 have, and are weighted by its inverse (Horvitz and Thompson 1952). A few tokens carry most of the sum, the first
 position above all, so this needs far fewer samples than a uniform choice.
 
-One batch of sequences is one safetensors file; ``group`` names the layers that read the same input (q, k, v):
+The experts of a mixture are linear layers as well, each reads the tokens that are sent to it.
 
-    <group>.x      float16 [n, n_in], rows of length 1 (int64 [n], token ids, for the embedding)
-    <group>.length float64 [n]        |x_s|
-    <group>.weight float64 [n]        inverse probability that the token was kept
-    <name>.g       float16 [n, n_out], rows of length 1 (not for the head, which has a formula without)
-    <name>.slope   float64 [n]        |g_s|
-    <group>.in_sum2 float64 [n_in]    sum of x_j^2 over all tokens of the batch
-    <name>.cross   float64 [2]        sum over tokens of c_s^2; sum over sequences of (sum_s c_s)^2: see `probe_error`
+One batch of sequences is one safetensors file. A ``unit`` is one parameter (`dynq.recorder`), a ``group`` the units
+that read the same input (q, k, v):
+
+    <group>.x       float16 [n, n_in], rows of length 1 (int64 [n], token ids, for the embedding)
+    <group>.length  float64 [n]        |x_s|
+    <group>.weight  float64 [n]        inverse probability that the token was kept
+    <group>.expert  int64 [n]          which expert read it (of a stack of experts)
+    <unit>.g        float16 [n, n_out], rows of length 1 (not for the head, which has a formula without)
+    <unit>.slope    float64 [n]        |g_s|
+    <group>.in_sum2 float64 [n_in], [n_expert, n_in]  sum of x_j^2 over all tokens of the batch
+    <group>.counts  float64 [1], [n_expert]           tokens summed
+    <unit>.cross    float64 [2]        sum over tokens of c_s^2; sum over sequences of (sum_s c_s)^2: see `probe_error`
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.recorder import HEAD, Recorder
 
 UNIFORM_SHARE = 0.1  # of the draws fall on any token alike: bounds every weight, whatever the norms say
-HEAD = "output.weight"
-
-
-def linear_tensors(checkpoint: Checkpoint) -> list[str]:
-    """Names of the quantizable tensors, in file order. Each belongs to a linear module or to the embedding."""
-    return [name for name, tensor in checkpoint.tensors.items() if tensor.quantizable]
-
-
-class Recorder:
-    """Hooks that keep each layer's inputs and the gradient at its outputs for one batch.
-
-    ``inputs[name]`` is float32 ``[tokens, n_in]`` (the token ids, int64 ``[tokens]``, for the embedding) and
-    ``gradients[name]`` float32 ``[tokens, n_out]``. For a tied model the embedding's entry is the lookup; the head's
-    entry stands under ``output.weight`` in both cases.
-    """
-
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint):
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.modules: dict[str, torch.nn.Module] = {}
-        self._handles = []
-        names = linear_tensors(checkpoint)
-        for name in names if HEAD in names else [*names, HEAD]:
-            if name == HEAD:
-                module: torch.nn.Module = model.get_output_embeddings()
-            else:
-                module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
-            if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-                raise DynqError(f"{name}: {type(module).__name__} is no linear layer, calibration has no rule for it")
-            self.modules[name] = module
-            self._handles.append(module.register_forward_hook(self._hook(name)))
-
-    def _hook(self, name: str) -> Any:
-        def keep(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-            x = args[0].detach()
-            self.inputs[name] = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
-            if isinstance(module, torch.nn.Embedding):
-                output.requires_grad_(True)  # no parameter needs a gradient: the graph begins here
-
-            def keep_gradient(gradient: torch.Tensor) -> None:
-                self.gradients[name] = gradient.detach().reshape(-1, gradient.shape[-1])
-
-            output.register_hook(keep_gradient)
-
-        return keep
-
-    def clear(self) -> None:
-        self.inputs.clear()
-        self.gradients.clear()
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _invert(cumulative: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -94,15 +45,14 @@ def _invert(cumulative: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, u * cumulative[..., -1:]).clamp_(max=cumulative.shape[-1] - 1)
 
 
-def true_fisher_backward(model: Any, ids: torch.Tensor, generator: torch.Generator) -> None:
+def true_fisher_backward(log_p: torch.Tensor, generator: torch.Generator) -> None:
     """Backward pass of ``sum_t log p(y_t)``, y_t drawn from the model's own distribution at t.
 
-    ids: int64 ``[batch, n_ctx]``.
+    log_p: log-probabilities, float32 ``[batch, n_ctx, n_vocab]``, with their graph.
     """
-    log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
     with torch.no_grad():
         # drawn on the CPU, by inverting the cumulative sum: the same labels on every device
-        u = torch.rand(*ids.shape, 1, generator=generator, dtype=torch.float64).to(log_p.device)
+        u = torch.rand(*log_p.shape[:2], 1, generator=generator, dtype=torch.float64).to(log_p.device)
         labels = torch.stack([_invert(row.exp().double().cumsum(-1), at) for row, at in zip(log_p, u, strict=True)])
     log_p.gather(-1, labels).sum().backward()
 
@@ -155,27 +105,35 @@ def probe_error(weight: torch.Tensor, block: int = 32) -> torch.Tensor:
 
 
 def _groups(recorder: Recorder) -> dict[str, list[str]]:
-    """First name of each group -> all names that read the same input."""
+    """First unit of each group -> all units that read the same input."""
     groups: dict[int, list[str]] = {}
-    for name, x in recorder.inputs.items():
-        groups.setdefault(x.data_ptr(), []).append(name)
-    return {names[0]: names for names in groups.values()}
+    for unit in recorder.used:
+        groups.setdefault(recorder.shares(unit), []).append(unit)
+    return {units[0]: units for units in groups.values()}
 
 
 @torch.no_grad()
 def batch_samples(
     recorder: Recorder, sequences: int, keep: int, generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """Choose ``keep`` tokens for each group of one batch; returns (tensors, groups) as the file holds them."""
+    """Choose ``keep`` tokens for each group of one batch; returns (tensors, groups) as the file holds them.
+
+    sequences: in the batch; one, where the model has experts, since their tokens do not tell which they are of.
+    DynqError: a quantizable tensor was not used.
+    """
     out: dict[str, torch.Tensor] = {}
+    for unit in recorder.units:
+        recorder.use(unit)
     groups = _groups(recorder)
-    for first, names in groups.items():
-        x = recorder.inputs[first]
+    for first, units in groups.items():
+        uses = {unit: recorder.use(unit) for unit in units}
+        x, expert = uses[first].x, uses[first].expert
         lookup = not x.is_floating_point()
         length2 = torch.ones(len(x), dtype=torch.float64) if lookup else x.double().square().sum(-1).cpu()
         size = torch.zeros(len(x), dtype=torch.float64)
-        for name in names:  # members of a group weigh alike, however large their gradients are
-            term = length2 * torch.linalg.vector_norm(recorder.gradients[name], dim=-1).double().square().cpu()
+        gradients = {unit: torch.zeros(0) if use.g is None else use.g for unit, use in uses.items()}
+        for g in gradients.values():  # members of a group weigh alike, however large their gradients are
+            term = length2 * torch.linalg.vector_norm(g, dim=-1).double().square().cpu()
             size += term / term.sum().clamp(min=1e-300)
         index, out[f"{first}.weight"] = choose_tokens(size, keep, generator)
         index = index.to(x.device)
@@ -183,18 +141,41 @@ def batch_samples(
             out[f"{first}.x"], out[f"{first}.length"] = x[index].cpu(), torch.ones(len(index), dtype=torch.float64)
         else:
             out[f"{first}.x"], out[f"{first}.length"] = _unit(x[index])
-            out[f"{first}.in_sum2"] = x.double().square().sum(0).cpu()
-        for name in names:
-            g = recorder.gradients[name]
-            if name == HEAD:
+            n_expert = len(recorder.units[first]) if expert is not None else 1
+            rows = torch.zeros(len(x), dtype=torch.int64, device=x.device) if expert is None else expert
+            sums = torch.zeros(n_expert, x.shape[-1], dtype=torch.float64, device=x.device)
+            sums.index_add_(0, rows, x.double().square())
+            out[f"{first}.in_sum2"] = (sums if expert is not None else sums[0]).cpu()
+            out[f"{first}.counts"] = torch.bincount(rows, minlength=n_expert).double().cpu()
+        if expert is not None:
+            out[f"{first}.expert"] = expert[index].cpu()
+        for unit, g in gradients.items():
+            if unit == HEAD:
                 continue  # its formula needs no gradient, and an error in the logits of one token touches no other
-            out[f"{name}.g"], out[f"{name}.slope"] = _unit(g[index])
-            weight = recorder.modules[name].weight
+            out[f"{unit}.g"], out[f"{unit}.slope"] = _unit(g[index])
+            parameter, flipped = recorder.units[unit], unit in recorder.flipped
             # blocks lie within rows, so the rows that were looked up are enough of an embedding
-            moved = probe_error(weight[x]) if lookup else x @ probe_error(weight).T
+            error = parameter[x] if lookup else parameter.swapaxes(-1, -2) if flipped else parameter
+            moved = _moved(probe_error(error), torch.arange(len(x)) if lookup else x, expert)
             c = (moved * g).sum(-1).double().reshape(sequences, -1)
-            out[f"{name}.cross"] = torch.stack([c.square().sum(), c.sum(-1).square().sum()]).cpu()
+            out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum(-1).square().sum()]).cpu()
     return out, groups
+
+
+def _moved(error: torch.Tensor, x: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
+    """``D x_s`` of each token, ``[n, n_out]``; the rows that are looked up, where x holds numbers.
+
+    error: D, ``[n_out, n_in]``, of experts ``[expert, n_out, n_in]``.
+    """
+    if not x.is_floating_point():
+        return error[x]
+    if expert is None:
+        return x @ error.T
+    out = torch.zeros(len(x), error.shape[-2], dtype=x.dtype, device=x.device)
+    for e in expert.unique():
+        rows = expert == e
+        out[rows] = x[rows] @ error[e].T
+    return out
 
 
 @dataclass(frozen=True)
@@ -203,11 +184,19 @@ class Samples:
 
     x float32 ``[n, n_in]`` (int64 ``[n]`` token ids for an embedding), g float32 ``[n, n_out]``, weight float64
     ``[n]``: for a term that is quadratic in both, ``sum_s weight_s f(x_s, g_s)`` estimates the sum over all tokens.
+    expert: int64 ``[n]`` for a stack of experts. flipped: the parameter is ``[..., n_in, n_out]``.
     """
 
     x: torch.Tensor
     g: torch.Tensor
     weight: torch.Tensor
+    expert: torch.Tensor | None = None
+    flipped: bool = False
+
+    def projections(self, error: torch.Tensor) -> torch.Tensor:
+        """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error D, float32 in the parameter's layout."""
+        error = error.swapaxes(-1, -2) if self.flipped else error
+        return (_moved(error, self.x, self.expert) * self.g).sum(-1).double()
 
 
 class Fisher:
@@ -217,13 +206,16 @@ class Fisher:
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
             raise DynqError(f"{folder}: no Fisher samples here; run the calibration first (notebook 03)")
-        self.group: dict[str, str] = {}
+        self.group: dict[str, str] = {}  # unit -> first unit of its group
         self.tokens = 0
         for path in self.paths:
             with safe_open(path, framework="pt") as f:
                 batch = json.loads(f.metadata()["batch"])
             self.tokens += batch["tokens"]
-            self.group = {name: first for first, names in batch["groups"].items() for name in names}
+            self.group = {unit: first for first, units in batch["groups"].items() for unit in units}
+            self.unit: dict[str, str] = batch["tensors"]  # GGUF name -> the parameter that it is a part of
+            self.shapes = {unit: tuple(shape) for unit, shape in batch["shapes"].items()}
+            self.flipped = set(batch["flipped"])
 
     def _each(self, key: str) -> Iterator[torch.Tensor]:
         for path in self.paths:
@@ -232,23 +224,28 @@ class Fisher:
 
     def samples(self, name: str) -> Samples:
         """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied)."""
-        group = self.group[name]
+        unit = self.unit[name]
+        group = self.group[unit]
         x, length, weight = (self._all(f"{group}.{what}") for what in ("x", "length", "weight"))
         x = x.float() * length.float()[:, None] if x.is_floating_point() else x
-        if name == HEAD:  # its formula needs no gradient
+        if unit == HEAD:  # its formula needs no gradient
             return Samples(x, torch.empty(len(x), 0), weight)
-        return Samples(x, self._all(f"{name}.g").float() * self._all(f"{name}.slope").float()[:, None], weight)
+        g = self._all(f"{unit}.g").float() * self._all(f"{unit}.slope").float()[:, None]
+        expert = self._all(f"{group}.expert") if len(self.shapes[unit]) == 3 else None
+        return Samples(x, g, weight, expert, unit in self.flipped)
 
     def _all(self, key: str) -> torch.Tensor:
         return torch.cat(list(self._each(key)))
 
-    def in_sum2(self, name: str) -> np.ndarray | None:
-        """Sum of x_j^2 over all tokens, float64 ``[n_in]``; None for an embedding, which has no inputs."""
-        key = f"{self.group[name]}.in_sum2"
+    def in_sum2(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
+        are, float64 ``[n_mat]``; None for an embedding, which has no inputs."""
+        group = self.group[self.unit[name]]
         with safe_open(self.paths[0], framework="pt") as f:
-            if key not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+            if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
-        return np.sum([part.numpy() for part in self._each(key)], axis=0)
+        sums, counts = (np.sum([p.numpy() for p in self._each(f"{group}.{w}")], axis=0) for w in ("in_sum2", "counts"))
+        return sums.reshape(len(counts), -1), counts
 
     def cross_token(self, kinds: dict[str, str]) -> dict[str, float]:
         """Factor per kind of tensor by which the exact, per-sequence form exceeds the token form.
@@ -258,6 +255,6 @@ class Fisher:
         """
         ratios: dict[str, list[float]] = {}
         for name, kind in kinds.items():
-            token, sequence = np.sum([part.numpy() for part in self._each(f"{name}.cross")], axis=0)
+            token, sequence = np.sum([part.numpy() for part in self._each(f"{self.unit[name]}.cross")], axis=0)
             ratios.setdefault(kind, []).append(sequence / max(token, 1e-300))
         return {kind: float(np.mean(r)) for kind, r in ratios.items()}

@@ -132,8 +132,9 @@ def _modules(checkpoint: Checkpoint, model: Any) -> dict[str, torch.nn.Linear]:
     named = dict(model.named_modules())
     found = {}
     for name, info in checkpoint.tensors.items():
-        module = named.get(checkpoint.architecture.parameter(name).removesuffix(".weight"))
-        if info.quantizable and isinstance(module, torch.nn.Linear):
+        slot = checkpoint.architecture.slot_of(name)
+        module = named.get(slot.parameter.removesuffix(".weight"))
+        if info.quantizable and slot.linear and isinstance(module, torch.nn.Linear):
             found[name] = module
     return found
 

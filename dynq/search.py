@@ -39,12 +39,13 @@ from dynq.allocate import Option, Problem
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
-from dynq.fisher import HEAD, Fisher
+from dynq.fisher import Fisher
 from dynq.imatrix import Importance
 from dynq.knapsack import choose
 from dynq.progress import progress
 from dynq.recipe import Recipe
-from dynq.sensitivity import head_divergence, projections
+from dynq.recorder import HEAD
+from dynq.sensitivity import head_divergence, parameter_error
 from dynq.torch_model import set_tensor
 
 REACH = 3  # options up and down from the present one that a round looks at
@@ -305,7 +306,7 @@ class Bench:
         return scores.kld.reshape(len(some.tokens), -1).mean(1)
 
     def gradient(self, part: kld.Reference) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-        """Of the mean KL(p || q) with respect to each tensor (torch's layout), and that KLD of each chunk."""
+        """Of the mean KL(p || q) with respect to each tensor (GGUF's layout), and that KLD of each chunk."""
         architecture = self.checkpoint.architecture
         parameters = {name: self.model.get_parameter(architecture.parameter(name)) for name in self.formats}
         each = []
@@ -318,7 +319,7 @@ class Bench:
                 value = (log_p.exp() * (log_p - torch.log_softmax(logits, -1))).sum(-1).mean()
                 (value / len(part.tokens)).backward()
                 each.append(float(value.detach()))
-            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+            gradients = {n: architecture.slot_of(n).gather(p.grad) for n, p in parameters.items()}
         finally:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
@@ -328,30 +329,29 @@ class Bench:
     def costs(self, name: str, options: Sequence[Option], gradient: torch.Tensor) -> dict[str, float]:
         """Format -> <G, d> + 1/2 d^T F d for the change d from what the model holds, in nats per token."""
         present = self.formats[name]
-        weight = self._torch(name, self.checkpoint.read(name))
-        here = self._torch(name, self.decoded(name, present))
+        architecture, shape = self.checkpoint.architecture, self.fisher.shapes[self.fisher.unit[name]]
+        weight, here = self.checkpoint.read(name), self.decoded(name, present)
         is_head = name == HEAD or (self.checkpoint.tied and name == "token_embd.weight")
         head = self.fisher.samples(HEAD) if is_head else None
         samples = self.fisher.samples(name) if name != HEAD else None
         result = {present: 0.0}
         for fmt in (o.format for o in options if o.format != present):
-            there = self._torch(name, self.decoded(name, fmt))
+            there = self.decoded(name, fmt)
             second = 0.0
             if samples is not None:
                 for f, w in ((present, here), (fmt, there)):
                     if (name, f) not in self._projected:
-                        self._projected[name, f] = projections(w - weight, samples)
+                        error = parameter_error(architecture, name, w - weight, shape)
+                        self._projected[name, f] = samples.projections(error)
                 moved = self._projected[name, fmt] - self._projected[name, present]
                 factor = self._factors[self.checkpoint.tensors[name].kind]
                 second += factor * float((0.5 * samples.weight * moved.square()).sum())
+            change = torch.from_numpy(there - here)
             if head is not None:
-                second += head_divergence(weight, there - here, head)[0]
-            first = float((gradient.cpu().double() * (there - here).double()).sum())
+                second += head_divergence(torch.from_numpy(weight), change, head, architecture.logits)[0]
+            first = float((gradient.cpu().double() * change.double()).sum())
             result[fmt] = first + second / self.fisher.tokens
         return result
-
-    def _torch(self, name: str, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.checkpoint.architecture.to_torch(name, array)))
 
 
 class _Over(Exception):

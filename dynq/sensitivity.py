@@ -11,7 +11,7 @@ exactly. A tied embedding pays for both of its uses.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ import pyarrow.parquet as pq
 import torch
 
 from dynq import codec, formats
+from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
-from dynq.fisher import HEAD, Fisher, Samples, linear_tensors
+from dynq.fisher import Fisher, Samples
 from dynq.imatrix import Importance
 from dynq.progress import progress
+from dynq.recorder import HEAD
 from dynq.torch_model import set_tensor
 
 SCHEMA = pa.schema(
@@ -46,31 +48,33 @@ SCHEMA = pa.schema(
 HEAD_ROWS = 64  # head samples at a time: bounds the logits that are in memory
 
 
-def projections(error: torch.Tensor, samples: Samples) -> torch.Tensor:
-    """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error.
-
-    error: D, float32 ``[n_out, n_in]`` in the layout of the torch module (rows are looked up for an embedding).
-    """
-    moved = error[samples.x] if not samples.x.is_floating_point() else samples.x @ error.T
-    return (moved * samples.g).sum(-1).double()
-
-
 def quadratic_form(error: torch.Tensor, samples: Samples) -> tuple[float, float]:
     """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens."""
-    terms = 0.5 * samples.weight * projections(error, samples).square()
+    terms = 0.5 * samples.weight * samples.projections(error).square()
     return float(terms.sum()), float(terms.square().sum().sqrt())
 
 
-def head_divergence(weight: torch.Tensor, error: torch.Tensor, samples: Samples) -> tuple[float, float]:
+def parameter_error(architecture: Architecture, name: str, error: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    """An error of a GGUF tensor as one of the parameter that it is a part of (of that shape): zero elsewhere."""
+    whole = torch.zeros(shape)
+    architecture.slot_of(name).scatter(whole, torch.from_numpy(error))
+    return whole
+
+
+def head_divergence(
+    weight: torch.Tensor, error: torch.Tensor, samples: Samples, logits: Callable[[Any], Any] = lambda z: z
+) -> tuple[float, float]:
     """The exact divergence summed over tokens when the head is ``weight + error``, and its standard error.
 
-    weight, error: float32 ``[n_vocab, n_in]``; samples.x: float32 ``[n, n_in]``, what the head reads.
+    weight, error: float32 ``[n_vocab, n_in]``; samples.x: float32 ``[n, n_in]``, what the head reads. logits: what the
+    model does with the head's output: a scale, a soft cap.
     """
     terms = []
     for rows in torch.arange(len(samples.x)).split(HEAD_ROWS):
         # float64: in float32 the sum of 150,000 probabilities is off by 4e-5, more than a good format's divergence
-        log_p = torch.log_softmax((samples.x[rows] @ weight.T).double(), dim=-1)
-        d = (samples.x[rows] @ error.T).double()
+        z = (samples.x[rows] @ weight.T).double()
+        d = logits(z + (samples.x[rows] @ error.T).double()) - logits(z)
+        log_p = torch.log_softmax(logits(z), dim=-1)
         terms.append(torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1))
     weighted = samples.weight * torch.cat(terms).cpu()
     return float(weighted.sum()), float(weighted.square().sum().sqrt())
@@ -92,7 +96,7 @@ def sensitivity(
     """
     candidates = tuple(candidates)
     fisher = Fisher(folder / "fisher")
-    names = linear_tensors(checkpoint)
+    names = [name for name, info in checkpoint.tensors.items() if info.quantizable]
     factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})
     partial = folder / "sensitivity.partial.jsonl"
     rows = (
@@ -136,8 +140,9 @@ def _tensor_rows(
 ) -> list[dict[str, Any]]:
     info = checkpoint.tensors[name]
     weight = checkpoint.read(name)
-    torch_weight = torch.from_numpy(checkpoint.architecture.to_torch(name, weight))
+    architecture = checkpoint.architecture
     samples = fisher.samples(name)
+    shape = fisher.shapes[fisher.unit[name]]
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
     head_samples = fisher.samples(HEAD) if is_head else None
     mean = importance.mean(name, info.row) if importance else None
@@ -147,13 +152,13 @@ def _tensor_rows(
             continue
         data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
         decoded = codec.dequantize(data, fmt, threads=threads)
-        error = torch.from_numpy(checkpoint.architecture.to_torch(name, decoded)) - torch_weight
+        error = parameter_error(architecture, name, decoded - weight, shape)
         total, spread = 0.0, 0.0
         if name != HEAD:
             value, deviation = quadratic_form(error, samples)
             total, spread = factors[info.kind] * value, factors[info.kind] * deviation
         if head_samples is not None:
-            value, deviation = head_divergence(torch_weight, error, head_samples)
+            value, deviation = head_divergence(torch.from_numpy(weight), error, head_samples, architecture.logits)
             total, spread = total + value, float(np.hypot(spread, deviation))
         size = formats.tensor_bytes(fmt, info.shape)
         rows.append(

@@ -39,6 +39,7 @@ def load_model(
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
+    model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
     if weights is None:
         weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
@@ -58,19 +59,20 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
     Raises:
         DynqError: the model has no such parameter, or one of another shape.
     """
-    parameter = checkpoint.architecture.parameter(gguf_name)
-    module, _, leaf = parameter.rpartition(".")
+    slot = checkpoint.architecture.slot_of(gguf_name)
+    module, _, leaf = slot.parameter.rpartition(".")
     try:
         target = getattr(model.get_submodule(module), leaf)
     except AttributeError:
         target = None
     if target is None:
-        raise DynqError(f"tensor {gguf_name}: config.json describes a model without {parameter}")
+        raise DynqError(f"tensor {gguf_name}: config.json describes a model without {slot.parameter}")
+    wanted = slot.shape(tuple(target.shape))
+    if wanted != array.shape:
+        raise DynqError(f"tensor {gguf_name}: shape {array.shape}, but config.json implies {wanted}")
     values = checkpoint.architecture.to_torch(gguf_name, array)
-    if tuple(target.shape) != values.shape:
-        raise DynqError(f"tensor {gguf_name}: shape {values.shape}, but config.json implies {tuple(target.shape)}")
     with torch.no_grad():
-        target.copy_(torch.from_numpy(np.require(values, requirements=["C", "W"])))
+        slot.put(target, torch.from_numpy(np.require(values, requirements=["C", "W"])).to(target.device))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -156,39 +156,34 @@ def tuned(
 
 
 class _Blocks:
-    """The multipliers of one tensor, and its parameter in the model, which is multiplied in place.
+    """The multipliers of one tensor, and its part of a parameter in the model, which is multiplied in place.
 
-    m float32 [1 or 2, rows, blocks of a row], in transformers' order of rows; of an F32 vector each value is a block.
+    m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 vector each value is a block.
     now: the multipliers that the parameter holds. rate: a full step.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, fmt: str, data: np.ndarray, parameter: Any, rate: float):
         self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
-        self.architecture, self.vector, rows = checkpoint.architecture, parameter.ndim == 1, len(parameter)
-        self.form = formats.get(fmt)
+        shape = checkpoint.tensors[name].shape
+        self.slot, self.vector, self.form = checkpoint.architecture.slot_of(name), len(shape) == 1, formats.get(fmt)
         if self.vector:
-            self.stored = data.view(np.float32).reshape(1, rows, 1)
+            stored = data.view(np.float32).reshape(1, -1, 1)
         else:
-            self.stored = halves.get(fmt, self._flat(data)).astype(np.float32).reshape(-1, rows, self._per_row)
-        self.halves = torch.stack([self._to_torch(x) for x in self.stored])
+            values = halves.get(fmt, self._flat(data)).astype(np.float32)
+            stored = values.reshape(-1, int(np.prod(shape[:-1])), shape[-1] // self.form.block)
+        self.halves = torch.from_numpy(stored).to(parameter.device)
         self.m = torch.ones_like(self.halves)
         self.m.grad = torch.zeros_like(self.m)
         self.now = self.m.clone()
         self.offsets = self._offsets() if len(self.m) == 2 else None
-        parameter.requires_grad_(True)
-        self.hook = parameter.register_post_accumulate_grad_hook(self._take_gradient)
-
-    @property
-    def _per_row(self) -> int:
-        return 1 if self.vector else self.parameter.shape[1] // self.form.block
 
     def _flat(self, data: np.ndarray) -> np.ndarray:
         return data.reshape(-1, self.form.block_bytes)
 
-    def _to_torch(self, array: np.ndarray) -> torch.Tensor:
-        """[rows, x] of GGUF's order of rows to transformers'."""
-        moved = np.ascontiguousarray(self.architecture.to_torch(self.name, array))
-        return torch.from_numpy(moved).to(self.parameter.device)
+    @property
+    def weights(self) -> torch.Tensor:
+        """What the model holds for this tensor, in GGUF's order: the parameter itself where that is the same."""
+        return self.slot.gather(self.parameter.detach())
 
     def _offsets(self) -> torch.Tensor:
         """What dmin adds to the weights of each group: float32 [rows, blocks, groups of a block]."""
@@ -198,37 +193,39 @@ class _Blocks:
         values = halves.get(self.fmt, self._flat(bare))
         values[0] = 0
         halves.put(self.fmt, self._flat(bare), values)
-        added = codec.dequantize(bare, self.fmt).reshape(len(self.parameter), -1)[:, :: form.group]
-        return self._to_torch(added).reshape(*self.m.shape[1:], -1)
+        added = codec.dequantize(bare, self.fmt).reshape(-1)[:: form.group]
+        return torch.from_numpy(np.ascontiguousarray(added)).to(self.m.device).view(*self.m.shape[1:], -1)
 
-    def _weights(self, values: Any) -> Any:
+    def _blocks(self, values: Any) -> Any:
         """[rows, blocks, weights of a block]"""
-        return values.view(*self.m.shape[1:], -1)
+        return values.reshape(*self.m.shape[1:], -1)
 
     def _groups(self, values: Any, offsets: torch.Tensor) -> Any:
         """[rows, blocks, groups, weights of a group]"""
-        return values.view(*offsets.shape, -1)
+        return values.reshape(*offsets.shape, -1)
 
     @torch.no_grad()
-    def _take_gradient(self, parameter: Any) -> None:
-        """dL/dm from dL/dw, which is let go of: w = a u + b v, and v is known group by group."""
-        gradient, a = parameter.grad, self.now[0]
-        total = torch.linalg.vecdot(self._weights(gradient), self._weights(parameter))
+    def take(self, gradient: Any) -> None:
+        """dL/dm from the parameter's gradient: w = a u + b v, and v is known group by group."""
+        gradient, a = self.slot.gather(gradient), self.now[0]
+        total = torch.linalg.vecdot(self._blocks(gradient), self._blocks(self.weights + self.slot.plus))
         if self.offsets is not None:
             lower = (self._groups(gradient, self.offsets).sum(-1) * self.offsets).sum(-1)
             self.m.grad[1] += lower
             total -= self.now[1] * lower
         self.m.grad[0] += total / a
-        parameter.grad = None
 
     @torch.no_grad()
     def move(self, m: torch.Tensor) -> None:
         """Bring the parameter to these multipliers."""
         ratio = m[0] / self.now[0]
-        self._weights(self.parameter).mul_(ratio[..., None])
+        weights = self.weights
+        weights = self._blocks(weights + self.slot.plus if self.slot.plus else weights).mul_(ratio[..., None])
         if self.offsets is not None:
             more = self.offsets * (m[1] - self.now[1] * ratio)[..., None]
-            self._groups(self.parameter, self.offsets).add_(more[..., None])
+            self._groups(weights, self.offsets).add_(more[..., None])
+        if not self.slot.same:
+            self.slot.put(self.parameter, weights)
         self.now = m.clone()
 
     def rounded(self, m: torch.Tensor) -> torch.Tensor:
@@ -241,7 +238,7 @@ class _Blocks:
 
     def encoded(self, m: torch.Tensor) -> np.ndarray:
         """The tensor's bytes with multipliers of `rounded`."""
-        values = self.stored * np.stack([self.architecture.to_gguf(self.name, x) for x in m.cpu().numpy()])
+        values = (self.halves * m).cpu().numpy()
         if self.vector:
             return values.view(np.uint8).reshape(self.data.shape)
         out = self.data.copy()
@@ -270,10 +267,26 @@ class _Search:
         mean = float(np.average(list(errors.values()), weights=sizes)) if errors else 0.0
         self.blocks = []
         for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
-            parameter = parameters.get(checkpoint.architecture.parameter(name))
-            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and parameter.ndim == 1)):
+            slot, vector = checkpoint.architecture.slot_of(name), len(checkpoint.tensors[name].shape) == 1
+            parameter = parameters.get(slot.parameter)
+            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and vector and not slot.negative_exp)):
                 size = rate * errors.get(name, mean)
                 self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
+        self.hooks = [
+            self._hook(parameter) for parameter in {id(b.parameter): b.parameter for b in self.blocks}.values()
+        ]
+
+    def _hook(self, parameter: Any) -> Any:
+        """Gradients go to the multipliers as soon as they are there, and are let go of."""
+        parameter.requires_grad_(True)
+        blocks = [b for b in self.blocks if b.parameter is parameter]
+
+        def take(parameter: Any) -> None:
+            for b in blocks:
+                b.take(parameter.grad)
+            parameter.grad = None
+
+        return parameter.register_post_accumulate_grad_hook(take)
 
     def _decoded(self, tensors: Tensors) -> Any:
         for name, (fmt, data) in tensors.items():
@@ -333,8 +346,9 @@ class _Search:
     ) -> Tuned:
         """What is written, measured as a reader will see it: the start where it is no better."""
         out = dict(self.tensors)
+        for hook in self.hooks:
+            hook.remove()
         for b, m in zip(self.blocks, kept, strict=True):
-            b.hook.remove()
             out[b.name] = b.fmt, b.encoded(b.rounded(m))
             set_tensor(self.model, self.checkpoint, b.name, next(self._decoded({b.name: out[b.name]}))[1])
         after = self.measured()

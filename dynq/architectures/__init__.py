@@ -1,34 +1,44 @@
 """Model families: tensor names, layouts and metadata, Hugging Face <-> GGUF.
 
-One small file a family. A family is a class derived from `Decoder` (the common shape: attention with grouped
-keys, gated feed-forward, RMS norms) or straight from `Architecture`, and is registered by being imported here.
+One small file a family. A family is a class derived from `decoder.Decoder` or `decoder.Routed` (or, where nothing fits,
+straight from `Architecture`) and is registered by being imported here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import gguf
 import numpy as np
 
-from dynq.architectures.rope import Rope
+from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
 
 ROPE_FREQS = "rope_freqs.weight"
-_INV_FREQ = "model.rotary_emb.inv_freq"  # transformers' buffer that stands for rope_freqs.weight
 
 _FAMILIES: list[type[Architecture]] = []
+
+# The text model inside a multimodal checkpoint: its tensors under the names that it has alone.
+_TEXT_PREFIX = re.compile(r"^(?:language_model\.(?:model\.)?|model\.language_model\.(?:model\.)?)(?!lm_head)")
+# Tensors that no GGUF of a text model has: the other towers, and buffers and heads that old or large checkpoints carry.
+_LEFT_OUT = re.compile(
+    r"rotary_emb\.inv_freq$|attention\.masked_bias$|^mtp\.|^(?:model\.)?(?:vision_|visual|audio_|multi_modal_|mm_|embed_vision|embed_audio)"
+)
 
 
 class Architecture:
     """One model's names, layouts and metadata; bound to its config.
 
-    Attributes: `config` (transformers config as a dict), `name` (GGUF's architecture name).
+    Attributes: `config` (transformers config as a dict, complete with its defaults), `name` (GGUF's architecture name),
+    `slots` (GGUF tensor name -> where it stands in transformers, every tensor that the family may have, in file order).
     """
 
     arch: ClassVar[gguf.MODEL_ARCH]
     model_types: ClassVar[tuple[str, ...]]  # config.json's model_type; the first is written for a GGUF
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement): checkpoint names -> transformers'
+    left_out: ClassVar[str] = r"(?!)"  # pattern of checkpoint tensors that are not used
 
     def __init_subclass__(cls) -> None:
         if "arch" in cls.__dict__:
@@ -37,11 +47,9 @@ class Architecture:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.name = gguf.MODEL_ARCH_NAMES[self.arch]
-        self._parameters = self._names()  # GGUF name -> transformers parameter
-        self._gguf_names = {parameter: name for name, parameter in self._parameters.items()}
+        self.slots = dict(self._slots())
 
-    def _names(self) -> dict[str, str]:
-        """Every tensor that the family may have, in file order: GGUF name -> transformers parameter."""
+    def _slots(self) -> Iterator[tuple[str, Slot]]:
         raise NotImplementedError
 
     def required(self) -> list[str]:
@@ -57,161 +65,35 @@ class Architecture:
         """A transformers config from GGUF metadata and tensor shapes (NumPy order)."""
         raise NotImplementedError
 
-    def names(self) -> list[str]:
-        """Every GGUF tensor name that the family may have, in file order."""
-        return list(self._parameters)
-
-    def parameter(self, name: str) -> str:
-        """The transformers parameter (or buffer) behind a GGUF tensor. DynqError if the family has no such tensor."""
+    def slot_of(self, name: str) -> Slot:
+        """The slot of a GGUF tensor. DynqError if the family has no such tensor."""
         try:
-            return self._parameters[name]
+            return self.slots[name]
         except KeyError:
             raise DynqError(f"tensor {name}: the architecture {self.name} has none of this name") from None
 
-    def gguf_name(self, parameter: str) -> str | None:
-        """The GGUF tensor behind a transformers parameter, None if there is none."""
-        return self._gguf_names.get(parameter)
+    def parameter(self, name: str) -> str:
+        """The transformers parameter (or buffer) that a GGUF tensor is, or is a part of. DynqError as `slot_of`."""
+        return self.slot_of(name).parameter
 
-    def to_gguf(self, name: str, array: np.ndarray) -> np.ndarray:
-        """transformers' layout -> GGUF's, for the tensor of this GGUF name. Same shape and dtype."""
-        return array
+    def transformers_name(self, stored: str) -> str | None:
+        """The parameter that a tensor of a checkpoint is, by transformers' name; None if it is left out."""
+        name = _TEXT_PREFIX.sub("model.", stored).removeprefix("language_model.")
+        for pattern, replacement in self.renamed:
+            name = re.sub(pattern, replacement, name)
+        return None if _LEFT_OUT.search(name) or re.search(self.left_out, name) else name
 
-    def to_torch(self, name: str, array: np.ndarray) -> np.ndarray:
-        """GGUF's layout -> transformers': the inverse of `to_gguf`."""
-        return array
+    def to_torch(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The values that a GGUF tensor's slot takes: others only where transformers computes them otherwise."""
+        return values
+
+    def logits(self, z: Any) -> Any:
+        """What the model does with the output of its head (a tensor): a scale, a soft cap, or nothing."""
+        return z
 
     def extra_tensors(self) -> dict[str, np.ndarray]:
         """Tensors that a GGUF holds and a Hugging Face checkpoint computes (GGUF layout, float32)."""
         return {}
-
-
-class Decoder(Architecture):
-    """The common decoder: RMS norm, grouped-query attention with rotary positions, gated SiLU feed-forward."""
-
-    layer_modules: ClassVar[tuple[str, ...]] = (
-        "input_layernorm",
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "post_attention_layernorm",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-    biases: ClassVar[tuple[str, ...]] = ()  # modules that carry a bias
-    default_head_dim: ClassVar[int | None] = (
-        None  # transformers' default where config.json is silent; None: width / heads
-    )
-    interleaved_rope: ClassVar[bool] = False  # llama.cpp rotates neighbours (2i, 2i+1) and not halves (i, i + dim/2)
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-            if not isinstance(config.get(key), int):
-                raise DynqError(f"config.json: {key} is missing or not a whole number")
-        if (act := config.get("hidden_act", "silu")) != "silu":
-            raise DynqError(f"config.json: hidden_act {act!r} is not supported, only 'silu' is")
-        self.n_layer: int = config["num_hidden_layers"]
-        self.n_head: int = config["num_attention_heads"]
-        self.n_head_kv: int = config.get("num_key_value_heads") or self.n_head
-        self.head_dim: int = config.get("head_dim") or self.default_head_dim or config["hidden_size"] // self.n_head
-        self.tied: bool = bool(config.get("tie_word_embeddings", False))
-        self.rope = Rope.from_config(config)
-        super().__init__(config)
-
-    def _names(self) -> dict[str, str]:
-        to_gguf = gguf.get_tensor_name_map(self.arch, self.n_layer)
-        modules = ["model.embed_tokens"]
-        for layer in range(self.n_layer):
-            modules += [f"model.layers.{layer}.{module}" for module in self.layer_modules]
-        modules += ["model.norm", "lm_head"]
-        names = {ROPE_FREQS: _INV_FREQ}
-        for module in modules:
-            name = to_gguf.get_name(module)
-            names[f"{name}.weight"] = f"{module}.weight"
-            if module.partition(".layers.")[2].partition(".")[2] in self.biases:
-                names[f"{name}.bias"] = f"{module}.bias"
-        return names
-
-    def required(self) -> list[str]:
-        names = [name for name in self._parameters if name.endswith(".weight") and name != ROPE_FREQS]
-        return [name for name in names if not (self.tied and name == "output.weight")]
-
-    def metadata(self) -> dict[str, Any]:
-        config, arch = self.config, self.name
-        keys: dict[str, Any] = {
-            "block_count": self.n_layer,
-            "context_length": int(config.get("max_position_embeddings", 2048)),
-            "embedding_length": config["hidden_size"],
-            "feed_forward_length": config["intermediate_size"],
-            "attention.head_count": self.n_head,
-            "attention.head_count_kv": self.n_head_kv,
-            "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        }
-        if config.get("head_dim") or self.default_head_dim:
-            keys |= {"attention.key_length": self.head_dim, "attention.value_length": self.head_dim}
-        return {f"{arch}.{key}": value for key, value in keys.items()} | self.rope.to_gguf(arch)
-
-    @classmethod
-    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        arch = gguf.MODEL_ARCH_NAMES[cls.arch]
-
-        def get(key: str) -> Any:
-            try:
-                return metadata[f"{arch}.{key}"]
-            except KeyError:
-                raise DynqError(f"the GGUF has no key {arch}.{key}: it is not a complete model") from None
-
-        heads = get("attention.head_count")
-        if "token_embd.weight" not in tensors:
-            raise DynqError("the GGUF has no tensor token_embd.weight: it is not a complete model")
-        head_dim = metadata.get(f"{arch}.attention.key_length", get("embedding_length") // heads)
-        rotated = metadata.get(f"{arch}.rope.dimension_count", head_dim)
-        if rotated != head_dim:
-            raise DynqError(f"the GGUF rotates {rotated} of {head_dim} dimensions of a head: not supported for {arch}")
-        ids = {f"{key}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
-        return {
-            "model_type": cls.model_types[0],
-            "vocab_size": tensors["token_embd.weight"][0],
-            "hidden_size": get("embedding_length"),
-            "intermediate_size": get("feed_forward_length"),
-            "num_hidden_layers": get("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": metadata.get(f"{arch}.attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": get("context_length"),
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": Rope.from_gguf(metadata, arch).to_config(),
-            "tie_word_embeddings": "output.weight" not in tensors,
-            **ids,
-        }
-
-    def extra_tensors(self) -> dict[str, np.ndarray]:
-        factors = self.rope.factors(self.head_dim)
-        return {} if factors is None else {ROPE_FREQS: factors}
-
-    def to_gguf(self, name: str, array: np.ndarray) -> np.ndarray:
-        if name == ROPE_FREQS:
-            return (self.rope.inverse_frequencies(self.head_dim) / array).astype(np.float32)
-        if heads := self._rotated_heads(name):
-            # halves [head, 2, dim/2] -> neighbours [head, dim/2, 2]
-            return array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        return array
-
-    def to_torch(self, name: str, array: np.ndarray) -> np.ndarray:
-        if name == ROPE_FREQS:
-            return (self.rope.inverse_frequencies(self.head_dim) / array).astype(np.float32)
-        if heads := self._rotated_heads(name):
-            return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-        return array
-
-    def _rotated_heads(self, name: str) -> int:
-        """Heads whose rows the two worlds order differently in this tensor; 0 if it is the same in both."""
-        if not self.interleaved_rope:
-            return 0
-        kind = re.sub(r"^blk\.\d+\.", "", name).partition(".")[0]
-        return {"attn_q": self.n_head, "attn_k": self.n_head_kv}.get(kind, 0)
 
 
 def supported() -> list[str]:
@@ -220,14 +102,35 @@ def supported() -> list[str]:
 
 
 def for_config(config: dict[str, Any]) -> Architecture:
-    """The architecture of a transformers config. DynqError names an unknown one and lists the known."""
+    """The architecture of a transformers config; of its text model where it is multimodal.
+
+    DynqError names an unknown one and lists the known, or says which value transformers does not take.
+    """
+    text = dict(config.get("text_config") or {})
+    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config"):
+        if text and key in config:
+            text.setdefault(key, config[key])
+    config = text or config
     for family in _FAMILIES:
         if config.get("model_type") in family.model_types:
-            return family(config)
+            return family(_completed(config))
     wanted = config.get("model_type") or ", ".join(config.get("architectures") or ["(none named)"])
     raise DynqError(
-        f"config.json: the architecture {wanted!r} is not supported; supported are {', '.join(supported())}"
+        f"config.json: the architecture {wanted!r} is not supported; supported are {', '.join(supported())}. "
+        "Convert it with llama.cpp and give dynq the 16-bit GGUF with an importance matrix (--imatrix)"
     )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """With transformers' defaults for what config.json leaves out, and its present names for old ones."""
+    import transformers  # brings torch
+
+    kept = {key: config[key] for key in ("quantization_config",) if key in config}
+    try:
+        return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict() | kept
+    except Exception as error:  # its validators raise their own, the library's and Python's errors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DynqError(f"config.json: {' '.join(lines) or type(error).__name__}") from error
 
 
 def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Architecture:
@@ -235,9 +138,9 @@ def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> A
     wanted = metadata.get("general.architecture")
     for family in _FAMILIES:
         if gguf.MODEL_ARCH_NAMES[family.arch] == wanted:
-            return family(family.config_from_gguf(metadata, tensors))
+            return family(_completed(family.config_from_gguf(metadata, tensors)))
     known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in _FAMILIES}))
     raise DynqError(f"the GGUF's architecture {wanted!r} is not supported; supported are {known}")
 
 
-from dynq.architectures import llama, qwen2, qwen3  # noqa: E402, F401  (importing a family registers it)
+from dynq.architectures import llama, qwen  # noqa: E402, F401  (importing a family registers it)

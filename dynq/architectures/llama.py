@@ -1,4 +1,4 @@
-"""Llama and Mistral. llama.cpp's `llama` rotates neighbouring pairs, so the rows of q and k are reordered.
+"""Llama, Mistral and Mixtral. llama.cpp's `llama` rotates neighbouring pairs, so the rows of q and k are reordered.
 
 Mistral's sliding window is not written: llama.cpp's `llama` attends to the whole context.
 """
@@ -7,13 +7,13 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures import Decoder
+from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, Decoder
 
 
 class Llama(Decoder):
     arch = gguf.MODEL_ARCH.LLAMA
     model_types = ("llama", "mistral")
-    biases = tuple(module for module in Decoder.layer_modules if "proj" in module)  # attention_bias, mlp_bias
+    biases = (*ATTENTION, *FEED_FORWARD)  # attention_bias, mlp_bias
     interleaved_rope = True
 
     def metadata(self) -> dict[str, Any]:

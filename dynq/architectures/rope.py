@@ -18,37 +18,45 @@ _YARN_KEYS = {
     "beta_slow": "yarn_beta_slow",
 }
 # "dynamic" changes nothing below the trained context length, and llama.cpp has no such mode: it is written as none.
-_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Base, scaling type and the scaling's own settings, under the names of transformers' `rope_parameters`."""
+    """Base, scaling type and the scaling's own settings, under the names of transformers' `rope_parameters`.
+
+    partial: the fraction of a head's dimensions that is rotated.
+    """
 
     theta: float = 10000.0
     type: str = "default"
     settings: dict[str, Any] = field(default_factory=dict)
+    partial: float = 1.0
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Rope:
-        """From a transformers config: `rope_parameters` (version 5), or `rope_theta` with `rope_scaling` (before)."""
-        settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    def from_config(cls, config: dict[str, Any], layer_type: str = "full_attention") -> Rope:
+        """From a transformers config: `rope_parameters` (version 5), or `rope_theta` with `rope_scaling` (before).
+
+        layer_type: whose settings, where kinds of layers have their own.
+        """
+        parameters = dict(config.get("rope_parameters") or {})
+        parameters = parameters.get(layer_type, parameters)
+        settings = dict(config.get("rope_scaling") or {}) | parameters
         theta = settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
         old_name = settings.pop("type", None)
         kind = settings.pop("rope_type", None) or old_name or "default"
         if kind not in _TYPES:
             raise DynqError(f"config.json: rope type {kind!r} is not supported here; known are {', '.join(_TYPES)}")
         partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-        if partial != 1.0:
-            raise DynqError(f"config.json: partial_rotary_factor {partial} is not supported for this architecture")
-        if kind != "default" and "factor" not in settings:
+        if kind not in ("default", "longrope") and "factor" not in settings:
             raise DynqError(f"config.json: rope type {kind!r} has no 'factor'")
-        if kind == "yarn":
-            settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-        return cls(float(theta), kind, settings)
+        if kind in ("yarn", "longrope"):
+            old = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+            settings.setdefault("original_max_position_embeddings", old)
+        return cls(float(theta), kind, settings, float(partial))
 
     @classmethod
-    def from_gguf(cls, metadata: dict[str, Any], arch: str) -> Rope:
+    def from_gguf(cls, metadata: dict[str, Any], arch: str, head_dim: int) -> Rope:
         """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`.
 
         A factor without a type is a linear one, in older files `rope.scale_linear` (llama.cpp's `load_hparams`).
@@ -58,10 +66,11 @@ class Rope:
             return metadata.get(f"{arch}.rope.{key}")
 
         theta = float(get("freq_base") or 10000.0)
+        partial = (get("dimension_count") or head_dim) / head_dim
         factor = get("scaling.factor") or get("scale_linear")
         kind = get("scaling.type") or ("linear" if factor not in (None, 0.0, 1.0) else "none")
         if kind == "none":
-            return cls(theta)
+            return cls(theta, partial=partial)
         settings: dict[str, Any] = {"factor": factor}
         if kind == "yarn":
             settings["original_max_position_embeddings"] = get("scaling.original_context_length")
@@ -69,13 +78,14 @@ class Rope:
         return cls.from_config(
             {
                 "rope_parameters": {k: v for k, v in settings.items() if v is not None}
-                | {"rope_theta": theta, "rope_type": kind}
+                | {"rope_theta": theta, "rope_type": kind, "partial_rotary_factor": partial}
             }
         )
 
     def to_config(self) -> dict[str, Any]:
         """transformers' `rope_parameters`."""
-        return {"rope_theta": self.theta, "rope_type": self.type, **self.settings}
+        partial = {} if self.partial == 1 else {"partial_rotary_factor": self.partial}
+        return {"rope_theta": self.theta, "rope_type": self.type, **partial, **self.settings}
 
     def to_gguf(self, arch: str) -> dict[str, Any]:
         """GGUF keys, as llama.cpp reads them."""

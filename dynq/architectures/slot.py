@@ -1,0 +1,125 @@
+"""Where a GGUF tensor's values stand in transformers' parameters, in a form that serves both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+View = Callable[[Any], Any]
+"""Slices, transpositions and splits of axes: what it returns shares memory with the array or tensor it is given."""
+
+
+def whole(parameter: Any) -> Any:
+    """The parameter as it is."""
+    return parameter
+
+
+def part(index: int, of: int, axis: int) -> View:
+    """One of several equal parts that follow each other along an axis: gate or up of `gate_up_proj`."""
+
+    def view(p: Any) -> Any:
+        size = p.shape[axis] // of
+        return p[(*[slice(None)] * axis, slice(index * size, (index + 1) * size))]
+
+    return view
+
+
+def transposed(p: Any) -> Any:
+    """The last two axes exchanged: `[in, out]` to `[out, in]`."""
+    return p.swapaxes(-1, -2)
+
+
+def then(*views: View) -> View:
+    """One view after the other."""
+
+    def view(p: Any) -> Any:
+        for step in views:
+            p = step(p)
+        return p
+
+    return view
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The place of one GGUF tensor.
+
+    parameter: transformers' parameter or buffer.
+    view: of the parameter; its values, in C order, are those of the GGUF tensor.
+    merge: so many leading axes of the view are one in GGUF.
+    order: the rows (first axis) of the view in GGUF's order, where no view can give it.
+    plus: what GGUF adds to the values: 1 for norms that transformers keeps as w - 1.
+    negative_exp: GGUF holds minus the exponential of the values.
+    stored, parts: how checkpoints name the matrices that are stacked, "{}" standing for the number, and how many there
+        are: experts that are saved apart. A checkpoint may hold the whole parameter instead.
+    """
+
+    parameter: str
+    view: View = whole
+    merge: int = 0
+    order: np.ndarray | None = None
+    plus: float = 0.0
+    negative_exp: bool = False
+    stored: str = ""
+    parts: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether the GGUF tensor is all of the parameter, its rows in some order: y = W x holds for both."""
+        return self.view is whole or self.merge > 0
+
+    @property
+    def same(self) -> bool:
+        """Whether GGUF holds the parameter as it is."""
+        return self.view is whole and self.order is None and not self.plus and not self.negative_exp
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The GGUF tensor's shape for a parameter of this shape."""
+        return tuple(self._merged(self.view(np.broadcast_to(np.float32(0), shape))).shape)
+
+    def gather(self, parameter: Any) -> Any:
+        """The parameter's entries (or those of its gradient) in GGUF's order and shape, as they are: array or tensor.
+
+        A copy, unless both agree.
+        """
+        values = self._merged(self.view(parameter))
+        return values if self.order is None else values[self.order]
+
+    def take(self, parameter: np.ndarray) -> np.ndarray:
+        """The GGUF tensor's values from the parameter's: C-contiguous."""
+        values = np.ascontiguousarray(self.gather(parameter))
+        if self.negative_exp:
+            return -np.exp(values)
+        return values + np.float32(self.plus) if self.plus else values
+
+    def put(self, parameter: Any, values: Any) -> None:
+        """Write the GGUF tensor's values into the parameter in place (NumPy arrays or torch tensors, both alike)."""
+        if self.negative_exp:
+            values = np.log(-values)
+        elif self.plus:
+            values = values - self.plus
+        self.scatter(parameter, values)
+
+    def scatter(self, parameter: Any, values: Any) -> None:
+        """The inverse of `gather`, in place: also for differences of values."""
+        target = self.view(parameter)
+        if self.order is None:
+            target[...] = values.reshape(tuple(target.shape))
+        else:
+            target[self.order] = values
+
+    def _merged(self, values: Any) -> Any:
+        return values.reshape(-1, *values.shape[self.merge :]) if self.merge else values
+
+
+def neighbours(heads: int) -> dict[str, Any]:
+    """Settings of a slot whose rows are rotated: halves of each head (i, i + dim/2), as in transformers, to neighbours
+    (2i, 2i + 1), as llama.cpp's architectures of RoPE type "norm" have them."""
+
+    def view(p: Any) -> Any:
+        return p.reshape(heads, 2, -1, *p.shape[1:]).swapaxes(1, 2)
+
+    return {"view": view, "merge": 3}

@@ -1,0 +1,269 @@
+"""Tensors of a Hugging Face directory, by GGUF name: found in safetensors files, decoded, brought into GGUF's layout.
+
+Besides plain numbers two packings are read, in which large models are published: float8 with a scale for each tile of
+128 x 128 weights (DeepSeek V3: `weight`, `weight_scale_inv`), and MXFP4 (gpt-oss: `_blocks`, `_scales`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dynq.architectures import Architecture
+from dynq.architectures.slot import Slot
+from dynq.errors import DynqError
+from dynq.files import load_json
+
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
+# OCP MX specification 1.0, section 5.3.3: the eight magnitudes of E2M1
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+_E2M1 = np.concatenate([_E2M1, -_E2M1])
+
+
+class _Readable(Protocol):
+    """A parameter in a checkpoint: where it comes from (for messages), its shape, stored type and values as float32."""
+
+    @property
+    def where(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    def load(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in a safetensors file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}: tensor {self.name}"
+
+    def raw(self) -> np.ndarray:
+        n = int(np.prod(self.shape, dtype=np.int64))
+        return np.fromfile(self.path, _TYPES[self.dtype], n, offset=self.offset).reshape(self.shape)
+
+    def load(self) -> np.ndarray:
+        raw = self.raw()
+        if self.dtype == "BF16":  # the upper half of a float32
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            raw = wide.view(np.float32)
+        elif self.dtype == "F8_E4M3":
+            raw = _e4m3()[raw]
+        return raw.astype(np.float32, copy=False)
+
+
+def _e4m3() -> np.ndarray:
+    """Values of the 256 codes of float8 E4M3 (OCP OFP8: bias 7, no infinities, all ones is NaN)."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+    size[(code & 127) == 127] = np.nan
+    return np.where(code & 128, -size, size).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A float8 matrix and the factor of each of its tiles."""
+
+    codes: _Stored
+    scales: _Stored
+    tile: tuple[int, int]
+
+    dtype = "F8_E4M3"
+
+    @property
+    def where(self) -> str:
+        return self.codes.where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    def load(self) -> np.ndarray:
+        values, scales = self.codes.load(), self.scales.load()
+        for axis, size in ((0, self.tile[0]), (1, self.tile[1])):
+            scales = np.repeat(scales, size, axis)
+        return values * scales[: values.shape[0], : values.shape[1]]
+
+
+@dataclass(frozen=True)
+class _Mxfp4:
+    """Experts in MXFP4: blocks uint8 [expert, out, in / 32, 16], scales uint8 [expert, out, in / 32] (powers of two,
+    bias 127). A byte holds two neighbours, the first in its lower half. The parameter is [expert, in, out]."""
+
+    blocks: _Stored
+    scales: _Stored
+
+    dtype = "MXFP4"
+
+    @property
+    def where(self) -> str:
+        return self.blocks.where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, out, groups, half = self.blocks.shape
+        return experts, groups * half * 2, out
+
+    def load(self) -> np.ndarray:
+        codes = self.blocks.raw()
+        values = np.stack([_E2M1[codes & 15], _E2M1[codes >> 4]], axis=-1)
+        values *= np.ldexp(np.float32(1), self.scales.raw().astype(np.int32) - 127)[..., None, None]
+        return values.reshape(*self.blocks.shape[:2], -1).swapaxes(1, 2)
+
+
+def files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, each known to exist."""
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        if (single := path / "model.safetensors").exists():
+            return [single]
+        if (path / "adapter_config.json").exists():
+            raise DynqError(
+                f"{path}: a LoRA adapter, not a model; merge it into its base model first (peft: merge_and_unload, "
+                "save_pretrained) and give that directory"
+            )
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            raise DynqError(
+                f"{path}: weights in PyTorch's pickle format are never loaded; convert them to safetensors "
+                "(transformers: save_pretrained)"
+            )
+        raise DynqError(f"{path}: no model.safetensors and no {index.name}; only safetensors weights are read")
+    shards = [path / name for name in sorted(set(load_json(index, "no index").get("weight_map", {}).values()))]
+    for shard in shards:
+        if not shard.exists():
+            raise DynqError(f"{shard}: this shard is missing, though {index.name} names it; fetch it again")
+    return shards
+
+
+def _header(path: Path) -> list[_Stored]:
+    """The tensors of one safetensors file. DynqError if the file ends before its data does.
+
+    Layout: the header's length as a little-endian uint64, the header as JSON, the data.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise DynqError(f"{path}: truncated or not a safetensors file ({size:,} bytes); fetch it again")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise DynqError(f"{path}: not a safetensors file (its header is not JSON); fetch it again") from None
+    header.pop("__metadata__", None)
+    start = 8 + length
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < end:
+        raise DynqError(f"{path}: truncated, {size:,} bytes of {end:,}; fetch it again")
+    for name, entry in header.items():
+        if entry["dtype"] not in _TYPES:
+            known = ", ".join(_TYPES)
+            raise DynqError(f"{path}: tensor {name} has type {entry['dtype']}, which is not read; known are {known}")
+    return [
+        _Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
+
+
+def _unpacked(found: dict[str, _Stored], quantization: dict[str, Any] | None, path: Path) -> dict[str, _Readable]:
+    """Parameters by name: packed ones put together from their pieces."""
+    method = (quantization or {}).get("quant_method")
+    if method not in (None, "fp8", "mxfp4"):
+        raise DynqError(
+            f"{path}: quantized already ({method}), and quantizing again loses more; give the 16-bit original"
+        )
+    readable: dict[str, _Readable] = {**found}
+    for name, item in found.items():
+        if name.endswith("_scale_inv") and (base := name.removesuffix("_scale_inv")) in found:
+            tile = (quantization or {}).get("weight_block_size") or [128, 128]
+            readable[base] = _Scaled(found[base], item, (tile[0], tile[1]))
+            del readable[name]
+        elif name.endswith("_scales") and (blocks := name.removesuffix("_scales") + "_blocks") in found:
+            readable[name.removesuffix("_scales")] = _Mxfp4(found[blocks], item)
+            del readable[name], readable[blocks]
+    return readable
+
+
+class Directory:
+    """The tensors that the safetensors files of a directory hold, by GGUF name.
+
+    shapes, dtypes: GGUF name -> shape in NumPy order, stored type; only tensors that are there. left_out: checkpoint
+    names that no GGUF of a text model has a place for (vision towers).
+
+    DynqError: a file is damaged, a tensor has a type that is not read or no place in the architecture.
+    """
+
+    def __init__(self, architecture: Architecture, path: Path, shards: Iterable[Path]):
+        self._slots = architecture.slots
+        self.left_out: list[str] = []
+        found: dict[str, _Stored] = {}
+        for shard in shards:
+            for item in _header(shard):
+                name = architecture.transformers_name(item.name)
+                if name is None:
+                    self.left_out.append(item.name)
+                else:
+                    found[name] = item
+        self._found = _unpacked(found, architecture.config.get("quantization_config"), path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        used: set[str] = set()
+        for name, slot in self._slots.items():
+            names = self._names(slot)
+            used.update(names)
+            if name == "output.weight" and architecture.config.get("tie_word_embeddings"):
+                continue  # some checkpoints store the tied head twice
+            if all(part in self._found for part in names):
+                first = self._found[names[0]]
+                whole = names == [slot.parameter]
+                self.shapes[name] = slot.shape(first.shape) if whole else (len(names), *first.shape)
+                self.dtypes[name] = first.dtype
+        if strange := [name for name in self._found if name not in used]:
+            where = self._found[strange[0]].where
+            raise DynqError(f"{where} has no place in the architecture {architecture.name}")
+
+    def _names(self, slot: Slot) -> list[str]:
+        """What a checkpoint holds for a slot: the whole parameter, or the matrices that are stacked to it."""
+        if not slot.stored or slot.parameter in self._found:
+            return [slot.parameter]
+        return [slot.stored.format(i) for i in range(slot.parts)]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, float32, in GGUF's layout. DynqError if it holds NaN or infinity."""
+        slot = self._slots[name]
+        items = [self._found[part] for part in self._names(slot)]
+        if len(items) == 1 and not (slot.stored and slot.parts == 1 and slot.parameter not in self._found):
+            array = items[0].load()
+            check_finite(array, f"{items[0].where} ({name})")
+            return slot.take(array)
+        out = np.empty((len(items), *items[0].shape), np.float32)
+        for i, item in enumerate(items):
+            out[i] = item.load()
+            check_finite(out[i], f"{item.where} ({name})")
+        return out
+
+
+def check_finite(array: np.ndarray, where: str) -> None:
+    """DynqError, naming the place and how many, if an array holds NaN or infinity."""
+    if np.isfinite(array).all():
+        return
+    position = tuple(int(i) for i in np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape))
+    bad = int(array.size - np.isfinite(array).sum())
+    raise DynqError(
+        f"{where} holds {array[position]} at {list(position)} ({bad:,} such values): "
+        "the checkpoint is damaged, fetch it again"
+    )
