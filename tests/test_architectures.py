@@ -5,20 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny_models
 import torch
-from tiny_models import MODELS
+from families import BITS, MODELS, WRONG
+from families.common import Wrong
 
-from dynq import architectures
+from dynq import architectures, libllama
+from dynq.allocate import allocate
 from dynq.architectures import ROPE_FREQS
 from dynq.architectures.rope import Rope
+from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.engine import Engine
 from dynq.errors import DynqError
 from dynq.export import export
 from dynq.recipe import Recipe
+from dynq.sensitivity import sensitivity
 from dynq.torch_model import load_model
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
@@ -77,85 +82,71 @@ def test_engine_agrees_on_trained_weights(model: str, tmp_path: Path) -> None:
     assert difference < 0.05
 
 
-def other_order(name: str, array: np.ndarray) -> np.ndarray:
-    """q and k in the order of rows that the family does not have."""
-    for part, heads in (("attn_q.", 4), ("attn_k.", 2)):
-        if part in name:
-            return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
-    return array
-
-
-def without(*endings: str, to: float = 0.0) -> Callable[[str, np.ndarray], np.ndarray]:
-    """Tensors with one of these name endings made constant."""
-    return lambda name, array: np.full_like(array, to) if name.endswith(endings) else array
-
-
-def keys(**changes: Any) -> dict[str, Any]:
-    return {key.replace("__", "."): value for key, value in changes.items()}
-
-
-# model, what is wrong, the change of tensors, the change of metadata (None: left out), a tensor left out
-WRONG = [
-    ("llama", "q and k not permuted", other_order, {}, None),
-    ("llama", "rope base", None, keys(rope__freq_base=10000.0), None),
-    ("llama", "no rope factors", None, {}, ROPE_FREQS),
-    ("llama", "rope factors of one", without(ROPE_FREQS, to=1.0), {}, None),
-    ("llama", "embedding for output", None, {}, "output.weight"),
-    ("llama", "layer norms", without("attn_norm.weight", to=1.0), {}, None),
-    ("llama-tied", "q and k not permuted", other_order, {}, None),
-    ("llama-tied", "rope base", None, keys(rope__freq_base=10000.0), None),
-    ("llama-biased", "no biases of q, k and v", without("attn_q.bias", "attn_k.bias", "attn_v.bias"), {}, None),
-    ("llama-biased", "no other biases", without("attn_output.bias", "ffn_up.bias", "ffn_down.bias"), {}, None),
-    ("llama-biased", "biases not permuted", lambda n, a: other_order(n, a) if a.ndim == 1 else a, {}, None),
-    ("llama-linear", "no rope scaling", None, keys(rope__scaling__type=None, rope__scaling__factor=None), None),
-    ("mistral", "q and k not permuted", other_order, {}, None),
-    ("mistral", "rope base", None, keys(rope__freq_base=10000.0), None),
-    ("qwen2", "no biases", without(".bias"), {}, None),
-    ("qwen2", "q and k permuted", other_order, {}, None),
-    ("qwen2", "rope base", None, keys(rope__freq_base=10000.0), None),
-    ("qwen2-yarn", "no rope scaling", None, keys(rope__scaling__type="none"), None),
-    ("qwen2-yarn", "half the rope scaling", None, keys(rope__scaling__factor=8.0), None),
-    ("qwen3", "norm of q", without("attn_q_norm.weight", to=1.0), {}, None),
-    ("qwen3", "norm of k", without("attn_k_norm.weight", to=1.0), {}, None),
-    ("qwen3", "layer norms", without("ffn_norm.weight", to=1.0), {}, None),
-    ("qwen3", "q and k permuted", other_order, {}, None),
-    ("qwen3", "rope base", None, keys(rope__freq_base=10000.0), None),
-]
-
-
-def altered(
-    right: Checkpoint,
-    change: Callable[[str, np.ndarray], np.ndarray] | None,
-    metadata: dict[str, Any],
-    left_out: str | None,
-) -> Checkpoint:
-    merged = right.metadata | {f"{right.architecture.name}.{key}": value for key, value in metadata.items()}
+def altered(right: Checkpoint, wrong: Wrong) -> Checkpoint:
+    merged = right.metadata | {f"{right.architecture.name}.{key}": value for key, value in wrong.metadata.items()}
+    change = wrong.change
     return Checkpoint(
         right.name,
         right.path,
         right.architecture,
         {key: value for key, value in merged.items() if value is not None},
-        {name: info for name, info in right.tensors.items() if name != left_out},
+        {name: info for name, info in right.tensors.items() if name != wrong.left_out},
         (lambda name: change(name, right.read(name))) if change else right.read,
         [],
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "what", "change", "metadata", "left_out"), WRONG, ids=[f"{w[0]}: {w[1]}" for w in WRONG]
-)
-def test_wrong_export_is_seen(
-    name: str, what: str, change: Any, metadata: Any, left_out: Any, tiny: Callable[[str], Checkpoint], tmp_path: Path
-) -> None:
-    wrong = altered(tiny(name), change, metadata, left_out)
-    difference, _ = compare(tiny(name), write(wrong, tmp_path / "wrong.gguf", "F16"))
+@pytest.mark.parametrize("wrong", WRONG, ids=[f"{w.model}: {w.what}" for w in WRONG])
+def test_wrong_export_is_seen(wrong: Wrong, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    right = tiny(wrong.model)
+    difference, _ = compare(right, write(altered(right, wrong), tmp_path / "wrong.gguf", "F16"))
     assert difference > 0.5
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_engine_and_torch_measure_the_same_divergence(name: str, tmp_path: Path) -> None:
+    """The whole way at 3.5 bits: calibrate, sensitivity, allocate, export; KLD in torch and in the engine."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256} | BITS[name]
+    checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "model", **sizes))
+    model, folder = load_model(checkpoint), tmp_path / "run"
+    folder.mkdir()
+    tokens = np.random.default_rng(0).integers(2, tiny_models.VOCAB - 64, (6, 64)).astype(np.int32)
+    importance = calibrate(checkpoint, model, tokens[:4], folder, keep=128)
+    table = sensitivity(checkpoint, folder, importance, ("Q2_K", "Q3_K", "Q4_K", "Q6_K"), threads=1)
+    recipe = allocate(table, checkpoint.tensors, "3.5bpw", metadata=checkpoint.metadata)
+    export(checkpoint, recipe, importance, tmp_path / "3.5bpw.gguf", threads=1)
+    quantized = open_checkpoint(tmp_path / "3.5bpw.gguf", allow_requantize=True)
+    weights = {name: quantized.read(name) for name in quantized.tensors}
+    with torch.no_grad():
+        ids = torch.from_numpy(tokens[4:].astype(np.int64))
+        p = torch.log_softmax(model(ids).logits[:, :-1].double(), -1)
+        q = torch.log_softmax(load_model(checkpoint, weights.items())(ids).logits[:, :-1].double(), -1)
+    with libllama.Llama(libllama.find("xllamacpp"), tmp_path / "3.5bpw.gguf", n_ctx=64, threads=1) as engine:
+        logits = np.stack([engine.logits(chunk, 0) for chunk in tokens[4:]])
+    e = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    in_torch, in_engine = (float((p.exp() * (p - other)).sum(-1).mean()) for other in (q, e))
+    assert min(in_torch, in_engine) > 0.05
+    assert in_engine == pytest.approx(in_torch, rel=0.1)
+
+
+def test_every_family_has_its_models() -> None:
+    """A family needs: a tiny model for each model_type, wrong exports, a 3.5bpw file, and its row in README."""
+    model_types = {model_type for model_type, _ in MODELS.values()}
+    assert set(architectures.supported()) - model_types == set()
+    named = {gguf.MODEL_ARCH_NAMES[family.arch]: family.model_types for family in architectures.FAMILIES}
+    measured = {MODELS[name][0] for name in BITS}
+    wrong = {MODELS[w.model][0] for w in WRONG}
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for arch, types in named.items():
+        assert measured & set(types), f"no 3.5bpw file of {arch}"
+        assert wrong & set(types), f"no wrong export of {arch}"
+        assert f"`{arch}`" in readme, f"{arch} is not in README's table of architectures"
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_engine_refuses_wrong_head_size(name: str, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
-    missing = keys(attention__key_length=None, attention__value_length=None, rope__dimension_count=None)
-    path = write(altered(tiny(name), None, missing, None), tmp_path / "wrong.gguf", "F16")
+    missing = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"))
+    path = write(altered(tiny(name), Wrong(name, "", metadata=missing)), tmp_path / "wrong.gguf", "F16")
     with pytest.raises(DynqError, match="does not open"):
         Engine(path)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from families import MODELS, PREPARE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 384  # rows of the embedding; the tokenizer has fewer tokens, so the last rows are padding
@@ -24,26 +25,6 @@ COMMON = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-
-
-def _rope(kind: str = "default", theta: float = 300.0, **settings: float) -> dict[str, dict[str, object]]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
-
-
-_LLAMA3 = _rope(
-    "llama3", 40000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
-)
-MODELS: dict[str, tuple[str, dict[str, object]]] = {
-    "llama": ("llama", _LLAMA3),
-    "llama-tied": ("llama", {**_rope(), "tie_word_embeddings": True}),
-    "llama-biased": ("llama", {**_rope(), "attention_bias": True, "mlp_bias": True}),
-    "llama-linear": ("llama", _rope("linear", 5000.0, factor=4.0)),
-    "mistral": ("mistral", {**_rope(), "head_dim": 48, "sliding_window": None}),
-    "qwen2": ("qwen2", {**_rope(), "tie_word_embeddings": True}),
-    "qwen2-yarn": ("qwen2", _rope("yarn", factor=16.0, original_max_position_embeddings=32)),
-    "qwen3": ("qwen3", {**_rope(), "head_dim": 48}),
-}
-"""name -> (transformers' model_type, settings)."""
 
 
 def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB", **other: object) -> Path:
@@ -67,8 +48,9 @@ def make(name: str, directory: Path, *, seed: int = 0, shard: str = "5GB", **oth
                 gain = 1.5 if "q_proj" in parameter_name or "k_proj" in parameter_name else 1.0
                 parameter.normal_(0, gain / math.sqrt(parameter.shape[-1]))
                 parameter.copy_(parameter.half())
+        PREPARE.get(name, lambda model: None)(model)
         tokens = torch.randint(2, VOCAB, (4, 64))
-        while mean_entropy(model(tokens).logits) > 0.42 * math.log(config.vocab_size):
+        while mean_entropy(model(tokens).logits) > 0.42 * math.log(VOCAB):
             model.model.norm.weight *= 1.1
     model.save_pretrained(directory, max_shard_size=shard)
     # ASCII only: llama.cpp reports no probabilities for a token that ends inside a character

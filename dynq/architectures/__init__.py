@@ -1,13 +1,15 @@
 """Model families: tensor names, layouts and metadata, Hugging Face <-> GGUF.
 
 One small file a family. A family is a class derived from `decoder.Decoder` or `decoder.Routed` (or, where nothing fits,
-straight from `Architecture`) and is registered by being imported here.
+straight from `Architecture`) in a module of this folder; every module of it is imported.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import gguf
@@ -18,7 +20,7 @@ from dynq.errors import DynqError
 
 ROPE_FREQS = "rope_freqs.weight"
 
-_FAMILIES: list[type[Architecture]] = []
+FAMILIES: list[type[Architecture]] = []
 
 # The text model inside a multimodal checkpoint: its tensors under the names that it has alone.
 _TEXT_PREFIX = re.compile(r"^(?:language_model\.(?:model\.)?|model\.language_model\.(?:model\.)?)(?!lm_head)")
@@ -42,7 +44,7 @@ class Architecture:
 
     def __init_subclass__(cls) -> None:
         if "arch" in cls.__dict__:
-            _FAMILIES.append(cls)
+            FAMILIES.append(cls)
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -98,7 +100,7 @@ class Architecture:
 
 def supported() -> list[str]:
     """The `model_type`s of transformers that can be opened."""
-    return sorted(model_type for family in _FAMILIES for model_type in family.model_types)
+    return sorted(model_type for family in FAMILIES for model_type in family.model_types)
 
 
 def for_config(config: dict[str, Any]) -> Architecture:
@@ -111,7 +113,7 @@ def for_config(config: dict[str, Any]) -> Architecture:
         if text and key in config:
             text.setdefault(key, config[key])
     config = text or config
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if config.get("model_type") in family.model_types:
             return family(_completed(config))
     wanted = config.get("model_type") or ", ".join(config.get("architectures") or ["(none named)"])
@@ -136,11 +138,12 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Architecture:
     """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order). DynqError as `for_config`."""
     wanted = metadata.get("general.architecture")
-    for family in _FAMILIES:
+    for family in FAMILIES:
         if gguf.MODEL_ARCH_NAMES[family.arch] == wanted:
             return family(_completed(family.config_from_gguf(metadata, tensors)))
-    known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in _FAMILIES}))
+    known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in FAMILIES}))
     raise DynqError(f"the GGUF's architecture {wanted!r} is not supported; supported are {known}")
 
 
-from dynq.architectures import llama, qwen  # noqa: E402, F401  (importing a family registers it)
+for _found in sorted(module.name for module in iter_modules(__path__)):
+    import_module(f"{__name__}.{_found}")  # importing a family registers it
