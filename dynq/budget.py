@@ -98,6 +98,14 @@ class Budget:
             found[size] = Mix(name, size, kld, chosen)
         return [found[size] for size in sorted(found)]
 
+    def mix_kld(self, tensor_bytes: int) -> float | None:
+        """The predicted KLD of the baselines' line at a size (`dynq.mixes.interpolate_kld`); None beyond its ends."""
+        known = [(m.tensor_bytes, m.kld) for m in self.mixes if m.name in mixes.BASELINES and m.kld is not None]
+        known = [(size, kld) for size, kld in known if kld > 0]
+        below = max((point for point in known if point[0] <= tensor_bytes), default=None)
+        above = min((point for point in known if point[0] >= tensor_bytes), default=None)
+        return None if below is None or above is None else mixes.interpolate_kld(tensor_bytes, below, above)
+
     @cached_property
     def _sizes(self) -> dict[str, int]:
         return {mix.name: mix.tensor_bytes for mix in self.mixes}

@@ -8,24 +8,24 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from dynq import formats
-from dynq.figures import _NATS, _SCALE, BLUE, GREEN, ORANGE, Picture, _layout, html_table
+from dynq.figures import _NATS, BLUE, GREEN, ORANGE, Picture, _layout, html_table
 
 if TYPE_CHECKING:
     from dynq.editing import Draft
 
-_FEWEST, _MOST = 1.5, 16.0  # bits per weight at the ends of the scale
+_FEWEST, _MOST = 1.5, 8.5  # bits per weight at the ends of the scale
 
 
 def format_colours(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Format -> its colour on the Cividis scale by the logarithm of its bits, and black or white to write on it.
+    """Format -> its colour on the Viridis scale by the logarithm of its bits, and black or white to write on it.
 
-    Cividis (Nuñez, Anderton and Renslow, PLOS ONE 13(7), 2018) rises in lightness all along and looks the same to the
-    colour-blind. Contrast as WCAG 2 defines it.
+    Viridis (S. van der Walt and N. Smith, matplotlib 2.0, 2015) rises evenly in lightness, so the colour-blind and a
+    grey print keep the order, and tells 2 to 6 bits apart better than Cividis. Contrast as WCAG 2 defines it.
     """
     found = {}
     for name in names:
         part = np.log(formats.get(name).bpw / _FEWEST) / np.log(_MOST / _FEWEST)
-        (colour,) = sample_colorscale(_SCALE, [float(np.clip(part, 0, 1))])
+        (colour,) = sample_colorscale("Viridis", [float(np.clip(part, 0, 1))])
         channels = [int(c) / 255 for c in colour.removeprefix("rgb(").removesuffix(")").split(",")]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

@@ -37,7 +37,7 @@ function follow(model, names, handler) {
 /** Bytes as "6.37 MB", "8.03 GB" (powers of ten). */
 function bytesText(bytes) {
   const [unit, size] = Math.abs(bytes) >= 1e9 ? ["GB", 1e9] : Math.abs(bytes) >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
-  return `${(bytes / size).toFixed(Math.abs(bytes / size) >= 100 ? 1 : 3)} ${unit}`;
+  return `${digits(bytes / size, 4)} ${unit}`;
 }
 
 /** A number with so many significant digits, never with an exponent where it is readable without. */
