@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traitlets import Dict, Int
 
-from dynq.evaluate.reading import Reading, ReadToken
-from dynq.evaluate.where import Guess
 from dynq.figures import html_table
 from dynq_widgets.view import View, source
+
+if TYPE_CHECKING:
+    from dynq.evaluate.reading import Reading, ReadToken
+    from dynq.evaluate.where import Guess
 
 _FAINT, _FULL = 0.01, 3.0  # nats: where the colour begins and ends
 _WORST = 10  # rows of the twin's table
@@ -39,12 +41,13 @@ class DivergenceReader(View):
     chunk = Int(0).tag(sync=True)  # set by the browser
     page = Dict().tag(sync=True)
 
-    def __init__(self, read: Callable[[int], Reading], n_chunks: int = 1):
-        self._read, self._kept = read, dict[int, Reading]()
+    def __init__(self, read: "Callable[[int], Reading]", n_chunks: int = 1):
+        self._read = read
+        self._kept: dict[int, Reading] = {}
         super().__init__(n_chunks=n_chunks, page=_page(0, self._reading(0)))
         self.observe(self._turn, "chunk")
 
-    def _reading(self, chunk: int) -> Reading:
+    def _reading(self, chunk: int) -> "Reading":
         if chunk not in self._kept:
             self._kept[chunk] = self._read(chunk)
         return self._kept[chunk]
@@ -61,7 +64,7 @@ class DivergenceReader(View):
         about = f"mean KLD {reading.mean_kld:.3f} nats; coloured from {_FAINT} nats, strongest at {_FULL:g}"
         return f"<p>{about}; the pale text was read before.</p>{text}{self._table(reading)}"
 
-    def _table(self, reading: Reading) -> str:
+    def _table(self, reading: "Reading") -> str:
         order = sorted(range(len(reading.tokens)), key=lambda i: -reading.tokens[i].kld)[:_WORST]
         rows = []
         for i in order:
@@ -79,21 +82,21 @@ class DivergenceReader(View):
         return html_table(rows, "Where the two diverge most, nats, and what each held likeliest")
 
 
-def _told(guess: Guess, whose: str) -> str:
+def _told(guess: "Guess", whose: str) -> str:
     if whose == "both":
         return f"{guess.text!r} {100 * guess.original:.1f} % → {100 * guess.file:.1f} %"
     return f"{guess.text!r} {100 * (guess.original if whose == 'original' else guess.file):.1f} %"
 
 
-def _span(token: ReadToken) -> str:
+def _span(token: "ReadToken") -> str:
     lines = [f"KLD {token.kld:.4f}", "original → file"]
     lines += [_told(guess, "both") for guess in dict.fromkeys([*token.original_top, *token.file_top])]
     colour = f"background:rgba({_ORANGE},{0.65 * shade(token.kld):.2f})"
     return f'<span style="{colour}" title="{escape(chr(10).join(lines))}">{escape(token.piece or "·")}</span>'
 
 
-def _page(chunk: int, reading: Reading) -> dict[str, Any]:
-    def row(guess: Guess) -> list[Any]:
+def _page(chunk: int, reading: "Reading") -> dict[str, Any]:
+    def row(guess: "Guess") -> list[Any]:
         return [guess.text, round(guess.original, 5), round(guess.file, 5)]
 
     tokens = [
