@@ -49,14 +49,24 @@ class Draft:
     """An editable recipe.
 
     A tensor whose format a person sets is pinned: the next `solve` or `aim` keeps it and chooses the others anew.
-    provenance: what `recipe` writes beside the allocation.
+    start: a recipe to begin with, where it came from included; by default the best one for the target, and provenance
+    says where that came from.
     """
 
-    def __init__(self, budget: Budget, target: str | Target, *, provenance: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        budget: Budget,
+        target: str | Target,
+        *,
+        start: Recipe | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
         self.budget = budget
-        self.provenance = dict(provenance or {})
         problem = budget.at(target)
-        self.state = State(problem, problem.solve())
+        self.state = _taken(problem, start) if start is not None else State(problem, problem.solve())
+        told = start.provenance if start is not None else provenance or {}
+        # what a search measured is not true of what is made by hand
+        self.provenance = {key: value for key, value in told.items() if key not in ("allocation", "search")}
         self._undo: list[State] = []
         self._redo: list[State] = []
         self._moving = False
@@ -176,18 +186,7 @@ class Draft:
 
     def load(self, recipe: Recipe) -> None:
         """Take a recipe's formats, and its pins of single tensors. DynqError if it does not belong to this model."""
-        taken = {}
-        for name in self.state.formats:
-            if name not in recipe.formats:
-                raise DynqError(f"the recipe has no {name}: it belongs to another model")
-            taken[name] = recipe.formats[name]
-            if not any(option.format == taken[name] for option in self.state.problem.options[name]):
-                raise DynqError(
-                    f"the recipe stores {name} as {taken[name]}, which is no option here: measure that format"
-                )
-        pins = recipe.provenance.get("allocation", {}).get("pins", {})
-        pinned = frozenset(name for name in taken if pins.get(name) == taken[name])
-        self._change(State(self.state.problem, taken, pinned))
+        self._change(_taken(self.state.problem, recipe))
 
     def undo(self) -> None:
         if self._undo:
@@ -236,6 +235,19 @@ class Draft:
         self.state, self._moving = state, moving
         for listener in self._listeners:
             listener()
+
+
+def _taken(problem: Problem, recipe: Recipe) -> State:
+    """The state that a recipe describes. DynqError if it does not belong to this problem."""
+    taken = {}
+    for name, row in problem.options.items():
+        if name not in recipe.formats:
+            raise DynqError(f"the recipe has no {name}: it belongs to another model")
+        taken[name] = recipe.formats[name]
+        if not any(option.format == taken[name] for option in row):
+            raise DynqError(f"the recipe stores {name} as {taken[name]}, which is no option here: measure that format")
+    pins = recipe.provenance.get("allocation", {}).get("pins", {})
+    return State(problem, taken, frozenset(name for name in taken if pins.get(name) == taken[name]))
 
 
 def _some(names: list[str]) -> str:

@@ -1,5 +1,7 @@
 """A recipe under a person's hands: what is set stays, the rest is solved again, everything can be undone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -232,6 +234,16 @@ def test_saved_and_loaded(draft, tmp_path):
     other.load(Recipe.load(tmp_path / "mine.recipe.json"))
     assert (other.state.formats, other.state.pinned) == (draft.state.formats, frozenset(VALUES))
     assert other.can_undo
+
+
+def test_starts_from_a_recipe_that_was_searched(draft):
+    draft.set(VALUES, "Q8_0")
+    made = draft.recipe()
+    searched = replace(made, provenance=made.provenance | {"search": {"kld_held_out": [0.2, 0.1]}})
+    other = Draft(draft.budget, "3.5bpw", start=searched)
+    assert (other.state.formats, other.state.pinned) == (draft.state.formats, frozenset(VALUES))
+    assert not other.can_undo
+    assert other.recipe() == made
 
 
 def test_mistakes_are_one_line_and_change_nothing(draft):
