@@ -18,8 +18,8 @@ test: .venv/installed
 	$(BIN)/python -m pytest tests
 
 check: .venv/installed
-	$(BIN)/ruff check dynq tests
-	$(BIN)/ruff format --check dynq tests
+	$(BIN)/ruff check dynq widgets tests
+	$(BIN)/ruff format --check dynq widgets tests
 	$(BIN)/mypy
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
@@ -27,8 +27,8 @@ lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
 
 format: .venv/installed
-	$(BIN)/ruff check --fix dynq tests
-	$(BIN)/ruff format dynq tests
+	$(BIN)/ruff check --fix dynq widgets tests
+	$(BIN)/ruff format dynq widgets tests
 
 clean:
 	rm -rf runs build dist

@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -214,26 +214,34 @@ class Problem:
         options = _candidates(table, checkpoint_tensors, pins or {}, profile)
 
         align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
-        n_weights = sum(math.prod(info.shape) for info in checkpoint_tensors.values())
         outside = sum(_pad(_stored("F32", tuple(info.shape))[1], align) for info in fixed)
-        if target.kind == "bpw":
-            budget = math.floor(target.value * n_weights / 8)
-        elif target.kind == "file":
-            budget = math.floor(target.value)
-            outside += header_bytes
-        else:
-            budget = mixes.mix_bytes(target.like, checkpoint_tensors, metadata, has_importance)
-
+        outside += header_bytes if target.kind == "file" else 0
         padded = {name: [Option(f, _pad(size, align), loss) for f, size, loss in row] for name, row in options.items()}
-        smallest = outside + sum(min(option.bytes for option in row) for row in padded.values())
-        if smallest > budget:
-            raise DynqError(_too_small(target, smallest, n_weights, budget))
-        return cls(target, checkpoint_tensors, padded, budget - outside, budget, dict(pins or {}), profile or "all")
+        problem = cls(target, checkpoint_tensors, padded, 0, outside, dict(pins or {}), profile or "all")
+        return problem.resized(target, target_bytes(target, checkpoint_tensors, metadata, has_importance))
 
-    def solve(self) -> dict[str, str]:
-        """The format of each tensor of `options` for which the sum of losses is smallest."""
+    def resized(self, target: Target, budget: int) -> "Problem":
+        """The same choices within another number of bytes, of the file or of tensor data as `target` was before.
+
+        DynqError where the smallest choices do not fit.
+        """
+        outside = self.budget - self.room
+        smallest = outside + sum(min(option.bytes for option in row) for row in self.options.values())
+        if smallest > budget:
+            n_weights = sum(math.prod(info.shape) for info in self.tensors.values())
+            raise DynqError(_too_small(target, smallest, n_weights, budget))
+        return replace(self, target=target, room=budget - outside, budget=budget)
+
+    def pinned(self, taken: Mapping[str, str]) -> "Problem":
+        """The same problem with the formats of these tensors decided; each must be among the tensor's options."""
+        decided = {name: [o for o in self.options[name] if o.format == fmt] for name, fmt in taken.items()}
+        return replace(self, options=self.options | decided, pins=self.pins | dict(taken))
+
+    def solve(self, *, exact: bool = True) -> dict[str, str]:
+        """The format of each tensor of `options` for which the sum of losses is smallest; exact: as in `choose`."""
         rows = list(self.options.values())
-        picked = choose([[o.bytes for o in row] for row in rows], [[o.loss for o in row] for row in rows], self.room)
+        sizes, losses = [[o.bytes for o in row] for row in rows], [[o.loss for o in row] for row in rows]
+        picked = choose(sizes, losses, self.room, exact=exact)
         return {name: row[j].format for (name, row), j in zip(self.options.items(), picked, strict=True)}
 
     def chosen(self, taken: Mapping[str, str]) -> dict[str, Option]:
@@ -263,6 +271,17 @@ class Problem:
             predicted_kld=float(math.fsum(option.loss for option in chosen.values())),
             provenance={**provenance, "allocation": allocation},
         )
+
+
+def target_bytes(
+    target: Target, tensors: "Mapping[str, TensorInfo]", metadata: Mapping[str, Any], has_importance: bool
+) -> int:
+    """The bytes that a target allows: of the whole file for kind "file", else of all tensor data."""
+    if target.kind == "like":
+        return mixes.mix_bytes(target.like, tensors, metadata, has_importance)
+    if target.kind == "file":
+        return math.floor(target.value)
+    return math.floor(target.value * sum(math.prod(info.shape) for info in tensors.values()) / 8)
 
 
 def _pad(size: int, align: int) -> int:

@@ -42,12 +42,16 @@ class Picture:
     figure: go.Figure
     table: str
 
+    def html(self) -> str:
+        """Both as HTML. The figure fetches plotly.js when it is looked at."""
+        page: str = self.figure.to_html(full_html=False, include_plotlyjs="cdn", config={"displayModeBar": False})
+        return page + self.table
+
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
         if is_static():
-            page = self.figure.to_html(full_html=False, include_plotlyjs="cdn", config={"displayModeBar": False})
-            display(HTML(page + self.table))
+            display(HTML(self.html()))
         else:
             self.figure.show()
             display(HTML(self.table))

@@ -1,5 +1,6 @@
 """The multiple-choice knapsack: one choice for each item, the sum of bytes bounded, the sum of losses smallest."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,10 +10,13 @@ import numpy.typing as npt
 _MAX_STATES = 4_000
 
 
-def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budget: int) -> list[int]:
+def choose(
+    bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budget: int, *, exact: bool = True
+) -> list[int]:
     """The index of one choice per item, with the smallest total loss whose total bytes stay within `budget`.
 
     bytes_[i], loss[i]: bytes (int) and loss (float, finite) of each choice of item i; the lengths may differ.
+    exact: False leaves out the search at the end, most of the time it takes; for a slider that is still moving.
     ValueError if even the smallest choices do not fit.
 
     Method: Lagrangian relaxation (each item takes the smallest of loss + lambda * bytes, which walks its convex hull),
@@ -37,11 +41,13 @@ def choose(bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike], budge
     # Fewest bytes first, then least loss: argmin then takes the smallest of equal choices.
     order = np.lexsort((cost, size), axis=1)
     size, cost = np.take_along_axis(size, order, 1), np.take_along_axis(cost, order, 1)
-    picked = _solve(size, cost, int(budget))
+    picked = _solve(size, cost, int(budget), exact)
     return [int(order[i, j]) for i, j in enumerate(picked)]
 
 
-def _solve(size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], budget: int) -> npt.NDArray[np.int64]:
+def _solve(
+    size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], budget: int, exact: bool
+) -> npt.NDArray[np.int64]:
     rows = np.arange(len(size))
     picked = cost.argmin(axis=1)
     if size[rows, picked].sum() <= budget:
@@ -55,9 +61,40 @@ def _solve(size: npt.NDArray[np.int64], cost: npt.NDArray[np.float64], budget: i
     reduced = penalised - penalised[rows, picked][:, None]
     start = picked
     picked = _fill(size, cost, picked, budget)
+    if not exact:
+        return picked
     # How much better than `picked` any solution can be: the duality gap.
     gap = float(reduced[rows, picked].sum() + multiplier * (budget - size[rows, picked].sum()))
     return _search(size, reduced, multiplier, start, picked, gap, budget)
+
+
+def frontier(
+    bytes_: Sequence[npt.ArrayLike], loss: Sequence[npt.ArrayLike]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The lower convex hull of all (total bytes, total loss): int64 and float64 ``[n]``, from the smallest size on.
+
+    Each corner is what `choose` finds for its bytes; between two no choice lies below the line. The steps are those of
+    every item's own hull, in the order of loss saved per byte.
+    """
+    steps: list[tuple[float, int, float]] = []  # loss saved per byte, bytes, loss saved
+    start, least = 0, 0.0
+    for sizes, losses in zip(bytes_, loss, strict=True):
+        hull: list[tuple[int, float]] = []
+        for size, cost in sorted(zip(np.asarray(sizes).tolist(), np.asarray(losses).tolist(), strict=True)):
+            if hull and cost >= hull[-1][1]:
+                continue
+            while len(hull) > 1:
+                (x0, y0), (x1, y1) = hull[-2:]
+                if (y0 - y1) * (size - x1) > (y1 - cost) * (x1 - x0):
+                    break
+                hull.pop()
+            hull.append((size, cost))
+        start, least = start + hull[0][0], least + hull[-1][1]
+        steps += [((y0 - y1) / (x1 - x0), x1 - x0, y0 - y1) for (x0, y0), (x1, y1) in itertools.pairwise(hull)]
+    steps.sort(key=lambda step: -step[0])
+    # losses from the smallest up: as differences from the largest they would drown in its rounding
+    saved = np.cumsum([least, *(step[2] for step in reversed(steps))])[::-1]
+    return np.cumsum([start, *(step[1] for step in steps)], dtype=np.int64), saved
 
 
 def _bisect(

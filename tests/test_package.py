@@ -29,6 +29,8 @@ def test_wheel_holds_what_is_needed(wheel):
         "dynq/notebooks/07_evaluate.ipynb",
         "dynq/data/report.html.j2",
         "dynq/data/prompts.jsonl",
+        "dynq_widgets/recipe_grid.js",
+        "dynq_widgets/theme.css",
         "dynq/data/dynq-tiny/config.json",
         "dynq/data/dynq-tiny/model-00001-of-00003.safetensors",
     ):

@@ -67,7 +67,7 @@ def test_worst_tokens(original, quantized, reference, tokenizer):
 
 def test_token_inside_a_character_is_shown(tokenizer):
     inside = tokenizer.encode("日")[0]
-    assert "\ufffd" in tokenizer.decode([inside]) and "\ufffd" not in where._text(tokenizer, inside)
+    assert "\ufffd" in tokenizer.decode([inside]) and "\ufffd" not in where.token_text(tokenizer, inside)
 
 
 def test_restoring_all_leaves_no_divergence(original, file, quantized, reference):

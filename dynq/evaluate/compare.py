@@ -87,7 +87,7 @@ def compare(
         predicted = folder.read_json(f"{file_safe(target)}.export.json")["predicted_kld"]
         own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, predicted)
         beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
-        like = parse_target(target).like
+        like = parse_target(recipe.target).like  # an edited recipe's file has a name that is no target
         if like and like not in around[:2]:
             kind = "mix" if like in mixes.BASELINES else "other mix"
             beside.append(Contender(like, kind, mixes.mix(like, tensors, metadata, True)))

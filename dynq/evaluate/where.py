@@ -70,7 +70,7 @@ def worst_tokens(
         p = reference.coded(chunk).log_probs()[place].exp()
 
         def guess(token: int, p: torch.Tensor = p, q: torch.Tensor = q) -> Guess:
-            return Guess(token, _text(tokenizer, token), float(p[token]), float(q[token]))
+            return Guess(token, token_text(tokenizer, token), float(p[token]), float(q[token]))
 
         found.append(
             Divergent(
@@ -86,7 +86,7 @@ def worst_tokens(
     return found
 
 
-def _text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Any, token: int) -> str:
     """A token as text; one that ends inside a character as the tokenizer writes it."""
     text = tokenizer.decode([token])
     return str(tokenizer.convert_ids_to_tokens(token)) if not text or "\ufffd" in text else str(text)
