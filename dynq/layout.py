@@ -121,16 +121,30 @@ ENTRIES: dict[str, tuple[int, tuple[Part, ...]]] = {
 }
 SIGNS: dict[str, int] = {"IQ2_S": 34, "IQ3_S": 74}  # first byte; a byte for eight weights
 WORDS = {"IQ2_XXS": (6, 8), "IQ3_XXS": (66, 4)}  # first byte and distance of eight words: four times 7 signs, a scale
-HALVES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "Q1_0", "Q2_0", "IQ1_S"), {"d": 0}),
-    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), {"d": 0}),
-    **dict.fromkeys(("Q4_1", "Q5_1"), {"d": 0, "m": 2}),
-    **dict.fromkeys(("Q4_K", "Q5_K"), {"d": 0, "dmin": 2}),
-    "Q2_K": {"d": 80, "dmin": 82},
-    "Q3_K": {"d": 108},
-    "Q6_K": {"d": 208},
-    "TQ1_0": {"d": 52},
-    "TQ2_0": {"d": 64},
+_D = (
+    "Q4_0",
+    "Q5_0",
+    "Q8_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q1_0",
+    "Q2_0",
+    "IQ1_S",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+)
+HALVES: dict[str, tuple[tuple[str, int], ...]] = {
+    **dict.fromkeys(_D, (("d", 0),)),
+    **dict.fromkeys(("Q4_1", "Q5_1"), (("d", 0), ("m", 2))),
+    **dict.fromkeys(("Q4_K", "Q5_K"), (("d", 0), ("dmin", 2))),
+    "Q2_K": (("d", 80), ("dmin", 82)),
+    "Q3_K": (("d", 108),),
+    "Q6_K": (("d", 208),),
+    "TQ1_0": (("d", 52),),
+    "TQ2_0": (("d", 64),),
 }
 """First byte of each half float."""
 TRITS = ((0, 0, 32, 5), (160, 32, 16, 5), (240, 48, 4, 4))
@@ -153,7 +167,7 @@ def _packed(parts: tuple[Part, ...], count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _fields(name: str, block: int) -> Iterator[Field]:
-    for kind, at in HALVES.get(name, {}).items():
+    for kind, at in HALVES.get(name, ()):
         yield Field(kind, 0, _run(at, 0, 16), range(block))
     if name in CODES:
         for i, bits in enumerate(_packed(CODES[name], block)):
@@ -268,7 +282,7 @@ def _meaning(name: str) -> tuple[str, dict[str, Callable[[int], float]]]:
         "MXFP4": ("w = 2^(s - 127) e2m1[q]", {"scale": lambda value: 2.0 ** (value - 127), "code": _e2m1}),
         "NVFP4": ("w = ue4m3[s] e2m1[q]", {"scale": _ue4m3, "code": _e2m1}),
     }
-    affine = {"code": float}
+    affine: dict[str, Callable[[int], float]] = {"code": float}
     plain |= dict.fromkeys(("Q4_1", "Q5_1"), ("w = d q + m", affine))
     plain |= dict.fromkeys(("Q2_K", "Q4_K", "Q5_K"), ("w = d s q - dmin m", affine))
     if name in plain:
