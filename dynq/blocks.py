@@ -182,6 +182,12 @@ class ByHand:
     error: dict[str, np.ndarray]
     encoder: dict[str, tuple[float, float]]
 
+    @property
+    def full_range(self) -> float:
+        """The scale that sends the largest weight to the end of the levels: a rule that needs no search."""
+        end = self.levels[0] if self.levels[0] < 0 else self.levels[-1]
+        return float(self.weights[np.abs(self.weights).argmax()] / end)
+
     def best(self, which: str) -> int:
         """Which of the scales errs least."""
         return int(np.argmin(self.error[which]))

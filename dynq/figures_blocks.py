@@ -1,14 +1,16 @@
 """Pictures of one block and of one tensor in all formats: figures with tables, as in dynq.figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from dynq.block_svg import bits_text
+from dynq import formats
 from dynq.blocks import Block, ByHand, FormatError
-from dynq.figures import BLUE, GREEN, ORANGE, PINK, Picture, _layout, html_table
+from dynq.figures import BLACK, BLUE, GREEN, ORANGE, PINK, Picture, _layout, html_table
 from dynq.layout import layout
+from dynq.svg_blocks import bits_text, draw_layout
 
 # family -> colour, mark
 FAMILIES = {
@@ -57,9 +59,7 @@ def scale_curve(hand: ByHand) -> Picture:
             _scale_row(hand, f"best of {len(hand.scales)}, importance {which}", float(hand.scales[best])),
             _scale_row(hand, f"the encoder, importance {which}", scale),
         ]
-    largest = float(hand.weights[np.abs(hand.weights).argmax()])
-    end = hand.levels[0] if hand.levels[0] < 0 else hand.levels[-1]
-    rows.insert(0, _scale_row(hand, f"largest weight on level {end:g}", largest / float(end)))
+    rows.insert(0, _scale_row(hand, "largest weight to the end of the levels", hand.full_range))
     _layout(figure, f"One block of {hand.format}: the error of each scale")
     figure.update_xaxes(title="scale d").update_yaxes(title="weighted error of the block", type="log", tickformat=".0e")
     return Picture(figure, html_table(rows, "The same scales with importance counted as 1 (off) and as it is (on)"))
@@ -141,6 +141,26 @@ def importance_gain(found: Sequence[FormatError]) -> Picture:
     )
 
 
+def kinds(fmt: str) -> list[dict[str, Any]]:
+    """A table of a format's kinds of fields: how many there are, their bits, and the share of a weight's bits."""
+    form, rows = formats.get(fmt), []
+    fields = layout(fmt).fields
+    for kind in dict.fromkeys(field.kind for field in fields):
+        own = [field for field in fields if field.kind == kind]
+        sizes = {len(field.bits) for field in own}
+        reach = sorted({len(field.weights) for field in own})
+        rows.append(
+            {
+                "field": kind,
+                "how many": len(own),
+                "bits of each": " or ".join(map(str, sorted(sizes))),
+                "weights that share it": " or ".join(map(str, reach)),
+                "bits per weight": sum(len(field.bits) for field in own) / form.block,
+            }
+        )
+    return rows
+
+
 def weight_rows(block: Block, weights: Sequence[int]) -> list[dict[str, object]]:
     """A line for each of some weights of a block: before, after, and the bits that it is made from."""
     drawn, rows = layout(block.format), []
@@ -164,3 +184,20 @@ def worst(block: Block, count: int = 8) -> list[int]:
     weight = 1 if block.importance is None else block.importance
     missed = weight * np.square(block.original - block.decoded, dtype=np.float64)
     return [int(i) for i in np.argsort(-missed)[:count]]
+
+
+def layout_page(fmt: str, mark: int | None = None) -> str:
+    """A format's block as HTML: its bits drawn, and a table of its fields. mark: a weight whose bits are framed."""
+    form = formats.get(fmt)
+    caption = f"{fmt}: {form.block_bytes} bytes for {form.block} weights, {form.bpw:g} bits per weight"
+    return draw_layout(fmt, mark) + html_table(kinds(fmt), caption)
+
+
+def answers_kept(sizes: Sequence[Mapping[str, Any]]) -> Picture:
+    """Tokens of the original's answers that each format keeps. sizes: of `dynq.evaluate.talk.sizes`."""
+    names = [f"{row['format']}<br>{row['MB (10^6 bytes)']:.1f} MB" for row in sizes]
+    kept = [int(row["tokens before they part"].partition(" ")[0]) for row in sizes]
+    figure = go.Figure(go.Bar(x=names, y=kept, text=kept, marker_color=[BLACK, *[BLUE] * (len(sizes) - 1)]))
+    _layout(figure, "Tokens before the answers part from the original's", 340)
+    figure.update_yaxes(title="tokens, over all answers").update_xaxes(type="category")
+    return Picture(figure, html_table(sizes, "The model with all its matrices in one format"))

@@ -85,26 +85,6 @@ def draw_line(hand: ByHand, scale: float) -> str:
     return _document(parts, 136)
 
 
-def kinds(fmt: str) -> list[dict[str, Any]]:
-    """A table of a format's kinds of fields: how many there are, their bits, and the share of a weight's bits."""
-    form, rows = formats.get(fmt), []
-    fields = layout(fmt).fields
-    for kind in dict.fromkeys(field.kind for field in fields):
-        own = [field for field in fields if field.kind == kind]
-        sizes = {len(field.bits) for field in own}
-        reach = sorted({len(field.weights) for field in own})
-        rows.append(
-            {
-                "field": kind,
-                "how many": len(own),
-                "bits of each": " or ".join(map(str, sorted(sizes))),
-                "weights that share it": " or ".join(map(str, reach)),
-                "bits per weight": sum(len(field.bits) for field in own) / form.block,
-            }
-        )
-    return rows
-
-
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
