@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (the table of strings)
 """llama.cpp and transformers split and merge alike on exported tokenizers, and a GGUF's tokenizer comes back."""
 
 import json
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import transformers
+from awkward import STRINGS, WORDS
 from gguf import TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
@@ -21,36 +21,6 @@ from dynq.recipe import Recipe
 from dynq.torch_model import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-
-_WORDS = [
-    "Hello, world!", "hello  world", " leading", "trailing ", "   three", "tab\tseparated\t\tvalues", "line\nbreak",
-    "two\n\nbreaks", "\n", "\n\n\n", " \n ", "\r\n", "a\r\nb", "  \n  \n  x", " ", "  ", "     ", "\t", "x\t y",
-    "I'm you're he'll we've it's don't she'd", "I'M YOU'RE HE'LL WE'VE IT'S DON'T SHE'D", "'s't're", "''", "O'Neil's",
-    "0", "12", "123", "1234", "12345", "123456789", "3.14159", "-1e-10", "1,234,567.89", "2026-11-23", "12:30:59.001",
-    "x1y22z333w4444", "１２３", "٣٤٥", "½ ¾", "²³", "Ⅷ", "100%", "$9.99", "€5", "#1", "A1B2C3", "1st 2nd 3rd",
-    "naïve café résumé", "Ünïcödé", "ÀÉÎÕÜ", "straße", "ŒUVRE", "Ελληνικά κείμενο", "Русский текст", "УКРАЇНСЬКА мова",
-    "עברית", "العربية نص", "हिन्दी पाठ", "বাংলা", "ไทย ภาษา", "ខ្មែរ", "ქართული", "Հայերեն", "中文文本", "日本語テキスト", "ひらがな カタカナ",
-    "한국어 텍스트", "繁體中文，標點。", "Tiếng Việt", "Türkçe ışık İstanbul", "ελλ123абв", "中1文2", "mixed中文and English",
-    "😀", "😀😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷🇩🇪", "text😀text", " 😀 ", "😶‍🌫️ cloud", "❤️", "✅ done", "→ ← ⇒", "…", "“quotes” ‘single’",
-    "«guillemets»", "—em—dash–en", "•bullet", "©®™", "∑∫√∞≠≤≥", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ﬁ ligature", "Ａｂｃ", "\u00a0nbsp\u00a0", "\u3000wide\u3000space",
-    "thin\u2009space", "zero\u200bwidth", "soft\u00adhyphen", "\u2028line sep", "\ufeffbom", "a\u0085b", "\x07bell", "\x1b[31mred",
-    "!!!", "???", "...", "---", "===", "***", "___", "///", "\\\\\\", "```", "~~~", "()[]{}<>", "a.b.c", "a,b,c", "a;b;c",
-    "a/b/c", "a\\b\\c", "a_b_c", "a-b-c", "a+b=c", "a|b", "a&b", "a@b.com", "http://example.org/path?q=1&r=2#frag",
-    "C:\\Users\\me\\file.txt", "/usr/local/bin", "user@host:~$ ls -la", "!@#$%^&*()", "\"double\" 'single'", "it's \"so\"",
-    "def f(x):\n    return x**2\n", "for (int i = 0; i < n; ++i) {\n\tsum += a[i];\n}", "if (a && b || !c) { }",
-    "SELECT * FROM t WHERE a='b';", "<html><body class=\"x\">&nbsp;</body></html>", "{\"key\": [1, 2.5, null, true]}",
-    "# Heading\n\n- item 1\n- item 2\n", "| a | b |\n|---|---|\n| 1 | 2 |", "$x^2 + y^2 = z^2$", "\\frac{a}{b}",
-    "import numpy as np  # comment", "lambda x: x[::-1]", "std::vector<int> v{1,2,3};", "fn main() -> Result<(), Error> {",
-    "0xDEADBEEF", "0b1010", "1_000_000", "camelCase PascalCase snake_case SCREAMING_CASE kebab-case", "XMLHttpRequest",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "abababababababab", "AAAAaaaaAAAA", "the the the the", "a b c d e f g h",
-    "supercalifragilisticexpialidocious", "antidisestablishmentarianism", "ﷺ", "a" * 300, " " * 40 + "x", "\n" * 20 + "x",
-    "x" + "\t" * 9, "word " * 30, "1" * 50, "." * 70, "ab" * 100, "é" * 30, "中" * 30, "😀" * 10,
-]  # fmt: skip
-_PIECES = ["The answer", " is", "  42", "\n", "\t", "it's", " naïve", "中文", "😀", "1234", "...", " \n ", "x=y;", "Ω"]
-STRINGS = _WORDS + [
-    "".join(_PIECES[(i * step + i * i + step // 7) % len(_PIECES)] for i in range(2 + step % 7))
-    for step in range(1, 101)
-]
 
 
 def test_there_are_enough_strings() -> None:
@@ -172,7 +142,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a SentencePiece BPE, trained as Llama's was: byte fallback, single digits, spaces kept."""
     directory = tmp_path_factory.mktemp("spm")
     SentencePieceTrainer.Train(
-        sentence_iterator=iter(code() + _WORDS), model_prefix=str(directory / "tokenizer"), model_type="bpe",
+        sentence_iterator=iter(code() + WORDS), model_prefix=str(directory / "tokenizer"), model_type="bpe",
         vocab_size=900, byte_fallback=True, split_digits=True, remove_extra_whitespaces=False, num_threads=1,
         normalization_rule_name="identity", character_coverage=0.995, allow_whitespace_only_pieces=True,
         minloglevel=2,
