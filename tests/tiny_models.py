@@ -162,7 +162,8 @@ def byte_level(
     tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "glm4", "tekken")))
     # Phi-4 and Granite 4 write their Split this way
     splits = pre_tokenizer(PRE_TOKENIZERS[kind], "removed" if kind == "dbrx" else "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizer([]) if across else splits
+    # no vocabulary of deepseek-llm has a token of two digits
+    tokenizer.pre_tokenizer = pre_tokenizer(["digits"] if kind == "deepseek-llm" else []) if across else splits
     tokenizer.normalizer = normalizers.NFC() if nfc else normalizers.Sequence([])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|end|>"]
