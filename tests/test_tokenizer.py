@@ -54,6 +54,7 @@ _NO_WIDE_SPACE = {  # white space is taken out of the text before these classes 
     "[一-龥ࠀ-一가-퟿]+": r"[[一-龥ࠀ-一가-퟿]&&[^\s]]+",
     "[!-/:-~！-／：-～‘-‟　-。]+": r"[[!-/:-~！-／：-～‘-‟　-。]&&[^\s]]+",
 }
+_RUNS = {"digits": r"\p{N}+"}  # digits together: the same where, as in DeepSeek's, no token has parts of two digits
 # kind -> (the replacements, the texts that are therefore split otherwise)
 EXCEPTIONS: dict[str, tuple[dict[str, str], list[str]]] = {
     "llama-bpe": (_ASCII_CONTRACTIONS, LONG_S),
@@ -64,7 +65,7 @@ EXCEPTIONS: dict[str, tuple[dict[str, str], list[str]]] = {
     "tekken": (_CASES, MARKS + CASE),
     "gpt-4o": (_CASES | _ASCII_CONTRACTIONS, MARKS + CASE + LONG_S),
     "deepseek-coder": (_NO_WIDE_SPACE, WIDE),
-    "deepseek-llm": (_NO_WIDE_SPACE, WIDE),
+    "deepseek-llm": (_NO_WIDE_SPACE | _RUNS, WIDE),
 }
 NFC = {"qwen2", "qwen35"}  # tokenizers that normalise
 ADDED = [
@@ -73,11 +74,11 @@ ADDED = [
 ]  # fmt: skip
 
 
-def rule(kind: str) -> PreTokenizer:
-    """llama.cpp's way to split, in the words of Hugging Face's tokenizers."""
+def rule(kind: str, replace: dict[str, str]) -> PreTokenizer:
+    """A tokenizer's way to split with parts of its regexes replaced."""
     steps = []
     for step in tiny_models.PRE_TOKENIZERS[kind]:
-        for theirs, ours in EXCEPTIONS.get(kind, ({}, []))[0].items():
+        for theirs, ours in replace.items():
             step = step.replace(theirs, ours)
         steps.append(step)
     return tiny_models.pre_tokenizer(steps)
@@ -101,16 +102,18 @@ def test_byte_level_bpe(kind: str, tmp_path: Path) -> None:
     assert checkpoint.metadata["tokenizer.ggml.pre"] == kind
     ours = tokens(path, STRINGS)
 
+    replace, listed = EXCEPTIONS.get(kind, ({}, []))
+    exceptions = set(listed)
     as_llama_cpp = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    as_llama_cpp.pre_tokenizer, as_llama_cpp.normalizer = rule(kind), None  # type: ignore[assignment]
+    as_llama_cpp.pre_tokenizer, as_llama_cpp.normalizer = rule(kind, replace), None  # type: ignore[assignment]
     assert differ(ours, lambda s: as_llama_cpp.encode(s, add_special_tokens=False).ids) == []
-    split = tiny_models.pre_tokenizer(tiny_models.PRE_TOKENIZERS[kind])
-    exceptions = set(EXCEPTIONS.get(kind, ({}, []))[1])
-    assert {s for s in STRINGS if borders(rule(kind), s) != borders(split, s)} == exceptions
+    runs = _RUNS if kind == "deepseek-llm" else {}
+    assert {s for s in STRINGS if borders(rule(kind, replace), s) != borders(rule(kind, runs), s)} == exceptions
+    exceptions |= {"٠١٢٣٤٥٦٧٨٩"} if runs else set()  # tokens learnt from letters, of the end of one digit and the next
     denormal = {s for s in STRINGS if normalize("NFC", s) != s} if kind in NFC else set()
     different = set(differ(ours, theirs))
     assert denormal <= different <= denormal | exceptions
-    assert bool(different & exceptions) == bool(exceptions)
+    assert bool(different & exceptions) == bool(exceptions) or exceptions == set(LONG_S)  # no merge may cross there
     assert set(differ(tokens(path, [normalize("NFC", s) for s in denormal]), theirs)) <= exceptions
 
     back = load_tokenizer(checkpoint)  # splits as the tokenizer does, not as llama.cpp does
@@ -150,7 +153,7 @@ def test_glm_ends_its_turns(tmp_path: Path) -> None:
     assert (keys["tokenizer.ggml.pre"], texts[keys["tokenizer.ggml.eot_token_id"]]) == ("glm4", "<|user|>")
     assert "tokenizer.ggml.eom_token_id" not in keys  # there is no <|observation|> here
     fast = directory / "tokenizer.json"
-    fast.write_text(fast.read_text().replace('"ignore_merges":true', '"ignore_merges":false'))
+    fast.write_text(fast.read_text().replace('"ignore_merges": true', '"ignore_merges": false'))
     assert tokenizer.from_directory(directory, 500)["tokenizer.ggml.pre"] == "chatglm-bpe"
 
 
@@ -248,7 +251,7 @@ def test_split_that_loses_text_is_refused(tmp_path: Path) -> None:
     directory = tiny_models.byte_level("deepseek-v3", ["text"], tmp_path, vocab_size=300)
     assert tokenizer.from_directory(directory, 300)["tokenizer.ggml.pre"] == "deepseek-v3"
     fast = directory / "tokenizer.json"
-    fast.write_text(fast.read_text().replace('"Isolated","invert":false', '"Removed","invert":true'))
+    fast.write_text(fast.read_text().replace('"Isolated"', '"Removed"').replace('"invert": false', '"invert": true'))
     with pytest.raises(DynqError, match=r"no known name for this pre-tokenizer .*Removed"):
         tokenizer.from_directory(directory, 300)
 
