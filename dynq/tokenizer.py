@@ -9,8 +9,12 @@ the tokenizer it is given (tests/test_tokenizer.py pins the texts):
 - It has no flags lstrip, rstrip and single_word of added tokens; only if `general.name` contains "phi-3" or "phi3" does
   it drop the white space after special tokens.
 - It puts SentencePiece's space prefix after every special token, as Llama 2's tokenizer.json does ("Prepend");
-  Metaspace with the scheme "first" (Mistral 7B v0.3, what transformers 5 saves) puts it at the start of a text only.
-- The rules tekken and gpt-4o know upper and lower case in ASCII only and leave combining marks out of words.
+  Metaspace with the scheme "first" (Mistral 7B v0.3) puts it at the start of a text only, and not before a space.
+- Of added tokens that overlap the longest is taken first, not the leftmost.
+- A visible space (U+2581) in a text becomes a space too late to be found in a token for a run of spaces (Gemma 2, 3).
+- The rules tekken and gpt-4o know upper and lower case in ASCII only and leave combining marks out of words;
+  deepseek-llm and deepseek-coder do not count white space between U+0800 and U+4E00 among their CJK characters;
+  contractions are looked for with s, but not with the long s (U+017F).
 """
 
 from __future__ import annotations
@@ -402,12 +406,17 @@ def _byte_level_parts(vocab: dict[str, int], merges: list[str], name: str) -> di
     }
 
 
-def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Every split of a token into two tokens is a merge, tried in the order of the scores."""
+def _used(tokens: list[str], types: list[int]) -> dict[str, int]:
     vocab: dict[str, int] = {}
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind != TokenType.UNUSED:
             vocab.setdefault(text, i)
+    return vocab
+
+
+def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
+    """Every split of a token into two tokens is a merge, tried in the order of the scores."""
+    vocab = _used(tokens, types)
     merges = [
         (-scores[i], vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
         for text, i in vocab.items()
@@ -421,10 +430,7 @@ def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) 
 def _sentencepiece_parts(
     tokens: list[str], types: list[int], merges: list[list[str]], space_prefix: bool
 ) -> dict[str, Any]:
-    vocab: dict[str, int] = {}
-    for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind != TokenType.UNUSED:
-            vocab.setdefault(text, i)
+    vocab = _used(tokens, types)
     prepend = [{"type": "Prepend", "prepend": _SPACE}] if space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space_prefix else []
     visible = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}

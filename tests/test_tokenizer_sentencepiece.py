@@ -22,6 +22,7 @@ from dynq.torch_model import load_tokenizer
 
 SIZE = 1500
 RUNS = ["\n" * i for i in range(1, 32)] + ["▁" * i for i in range(2, 32)]  # Gemma's tokens for white space
+SYMBOLS = ["<mask>", "<start_of_turn>", "<end_of_turn>", *RUNS, "<h1>", "</h1>", "\t"]
 GEMMA = [
     "<h1>a</h1>", "\n\n\n<h1>", "a" + " " * 40 + "b", "x" + "\n" * 45 + "y", "   \n\n\n",
     "<start_of_turn>user\nhi<end_of_turn>\n",
@@ -54,11 +55,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    symbols = ["<mask>", "<start_of_turn>", "<end_of_turn>", *RUNS, "<h1>", "</h1>", "\t"]
     return train(
         tmp_path_factory.mktemp("gemma"), {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, **names},
         add_dummy_prefix=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-        bos_piece="<bos>", user_defined_symbols=symbols,
+        bos_piece="<bos>", user_defined_symbols=SYMBOLS,
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def as_json(source: Path, directory: Path, style: str, added: dict[str, dict[str
     model = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     scores = {model.IdToPiece(i): model.GetScore(i) for i in range(model.vocab_size())}
     vocab = {text: i for i, text in enumerate(scores)}
-    symbols = [t for t in scores if t in (*RUNS, "<mask>", "<start_of_turn>", "<end_of_turn>", "<h1>", "</h1>", "\t")]
+    symbols = SYMBOLS if style == "gemma" else []
     flags = {t: {"special": not model.IsUnknown(i)} for t, i in vocab.items() if model.IsControl(i)}
     flags |= {"<unk>": {"special": True}, **{t: {"special": "turn" in t} for t in symbols}, **added}
     default = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False, "special": False}
