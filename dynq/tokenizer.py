@@ -1,128 +1,153 @@
 """Tokenizers: Hugging Face's files <-> GGUF's `tokenizer.*` keys.
 
-llama.cpp splits text by rules of its own, chosen by a name (`tokenizer.ggml.pre`). `_PRE` holds, for each name, the
-pre-tokenizer of a tokenizer.json that splits alike. llama.cpp applies no Unicode normalisation: where a
-tokenizer.json asks for one (Qwen: NFC), text that is not yet normalised gives other tokens there.
+Byte-level BPE (`dynq.pretokenizers` names its ways to split text), SentencePiece's BPE from tokenizer.model or
+tokenizer.json, Gemma 4's BPE over whole lines, Mistral's tekken.json. Where llama.cpp itself gives other tokens than
+the tokenizer it is given (tests/test_tokenizer.py pins the texts):
+
+- It applies no Unicode normalisation: where a tokenizer.json asks for NFC (Qwen, Command-R), text that is not yet
+  normalised differs.
+- It has no flags lstrip, rstrip and single_word of added tokens; only if `general.name` contains "phi-3" or "phi3" does
+  it drop the white space after special tokens.
+- It puts SentencePiece's space prefix after every special token, as Llama 2's tokenizer.json does ("Prepend");
+  Metaspace with the scheme "first" (Mistral 7B v0.3) puts it at the start of a text only, and not before a space.
+- Of added tokens that overlap the longest is taken first, not the leftmost.
+- A visible space (U+2581) in a text becomes a space too late to be found in a token for a run of spaces (Gemma 2, 3).
+- The rules tekken and gpt-4o know upper and lower case in ASCII only and leave combining marks out of words;
+  deepseek-llm and deepseek-coder do not count white space between U+0800 and U+4E00 among their CJK characters;
+  contractions are looked for with s, but not with the long s (U+017F).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 from gguf import TokenType
 
+from dynq import pretokenizers, tekken
 from dynq.errors import DynqError
 
 _SPACE = "\u2581"  # SentencePiece's visible space
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CAMEL = [rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"]
-_REST_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-Steps = tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class _Pre:
-    """How a byte-level BPE splits text before merging.
-
-    steps: ("split", regex), ("digits",) or ("gpt-2",), the last being the regex built into ByteLevel.
-    ignore_merges: whether a piece that is itself a token is taken whole.
-    """
-
-    steps: Steps
-    ignore_merges: bool = False
-
-
-_LLAMA3: Steps = (("split", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"),)
-# llama.cpp's name -> what it does (src/llama-vocab.cpp). Where two names do the same, the first is written.
-_PRE: dict[str, _Pre] = {
-    "gpt-2": _Pre((("gpt-2",),)),
-    "llama-bpe": _Pre(_LLAMA3, ignore_merges=True),
-    "smaug-bpe": _Pre(_LLAMA3),
-    "qwen2": _Pre((("split", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"),)),
-    "smollm": _Pre((("digits",), ("gpt-2",))),
-    "tekken": _Pre((("split", rf"{_CAMEL[0]}|{_CAMEL[1]}|\p{{N}}|{_REST_SLASH}"),), ignore_merges=True),
-    "gpt-4o": _Pre(
-        (("split", rf"{_CAMEL[0]}{_CONTRACTIONS}?|{_CAMEL[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_REST_SLASH}"),)
-    ),
-    "deepseek-coder": _Pre(
-        (
-            ("split", "[\r\n]"),
-            ("split", r"\s?\p{L}+"),
-            ("split", r"\s?\p{P}+"),
-            ("split", "[一-龥ࠀ-一가-퟿]+"),
-            ("digits",),
-        )
-    ),
-}
-# Other names for the same rules, met in files that others made.
-_SAME = {
-    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe",
-    "dbrx": "smaug-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "stablelm2": "qwen2",
-    "refact": "smollm", "starcoder": "smollm", "command-r": "smollm", "exaone4": "gpt-2", "olmo": "gpt-2",
+_GLM = {"eot": "<|user|>", "eom": "<|observation|>"}  # they end GLM's turns; llama.cpp does not know them by name
+# Gemma 4's tokens that its chat parser in llama.cpp must see, so that they cannot be control tokens.
+_GEMMA4_VISIBLE = {
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'
 }  # fmt: skip
-_ADDS_BOS = {"llama-bpe", "tekken"}  # what llama.cpp does where a file has no add_bos_token key
+
+_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}  # special tokens after which llama.cpp drops no white space in Phi-3
 
 
 def from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
     """GGUF's `tokenizer.*` keys of a Hugging Face directory.
 
     Args:
-        path: holds tokenizer.json (byte-level BPE, or SentencePiece's BPE in that form) or tokenizer.model.
-        vocab_size: rows of the embedding; ids without a token become unused "[PADi]".
+        path: holds tokenizer.json (byte-level BPE, or SentencePiece's BPE in that form), tokenizer.model
+            (SentencePiece) or tekken.json.
+        vocab_size: rows of the embedding; ids without a token become unused "[PADi]", added tokens without a row are
+            left out.
 
     Raises:
         DynqError: no tokenizer, one of another kind, or a pre-tokenizer that llama.cpp has no name for.
     """
     keys: dict[str, Any]
-    fast = path / "tokenizer.json"
+    fast, spm, mistral = (path / name for name in ("tokenizer.json", "tokenizer.model", "tekken.json"))
     loaded = json.loads(fast.read_text(encoding="utf-8")) if fast.is_file() else None
-    if loaded is not None and _steps(loaded.get("pre_tokenizer")) is not None:
+    if loaded is not None and pretokenizers.from_json(loaded.get("pre_tokenizer")) is not None:
         keys = _byte_level(fast, loaded, vocab_size)
-    elif (path / "tokenizer.model").is_file():
-        keys = _sentencepiece_model(path, vocab_size)
+    elif loaded is not None and _model_type(path).startswith("gemma4"):
+        keys = _gemma4(fast, loaded, vocab_size)
+    elif spm.is_file():
+        keys = _sentencepiece_model(spm, loaded or {}, vocab_size)
     elif loaded is not None:
         keys = _sentencepiece_json(fast, loaded, vocab_size)
+    elif mistral.is_file():
+        keys = _tekken(mistral, vocab_size)
     else:
-        raise DynqError(f"{path}: no tokenizer.json and no tokenizer.model")
-    special = gguf.SpecialVocab(path, load_merges=keys["tokenizer.ggml.model"] == "gpt2", n_vocab=vocab_size)
+        raise DynqError(f"{path}: no tokenizer.json, no tokenizer.model and no tekken.json")
+    special = gguf.SpecialVocab(path, n_vocab=vocab_size)
     if loaded is not None and "bos" not in special.add_special_token:
         special.add_special_token["bos"] = False  # no template adds one; llama.cpp's default may differ
+    if keys["tokenizer.ggml.model"] == "gemma4":
+        special.add_special_token["bos"] = True  # llama.cpp does so whatever the file says
     writer = gguf.GGUFWriter(None, "llama")
     special.add_to_gguf(writer, quiet=True)
     return keys | {k: v.value for k, v in writer.kv_data[0].items() if k.startswith("tokenizer.")}
 
 
+def _model_type(path: Path) -> str:
+    config = path / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("model_type", "") if config.is_file() else ""
+
+
 def _byte_level(file: Path, loaded: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     model = loaded["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise DynqError(f"{file}: a tokenizer of type {model.get('type')} is not supported, BPE is")
-    steps = _steps(loaded["pre_tokenizer"])
-    wanted = [name for name, pre in _PRE.items() if pre.steps == steps]
-    name = next((n for n in wanted if _PRE[n].ignore_merges == model.get("ignore_merges", False)), None)
-    if name is None and wanted:
-        name = wanted[
-            0
-        ]  # whole pieces that no merge reaches are rare: a near match, as llama.cpp's own converter makes
+    _check(file, loaded, {"NFC"})
+    steps = pretokenizers.from_json(loaded["pre_tokenizer"])
+    assert steps is not None
+    name = pretokenizers.name_of(steps, model.get("ignore_merges", False))
     if name is None:
         raise DynqError(
             f"{file}: llama.cpp has no known name for this pre-tokenizer ({steps}), so it would split text otherwise; "
-            f"known are {', '.join(_PRE)}"
+            f"known are {', '.join(pretokenizers.PRE)}"
         )
+    texts, types = _tokens(file, model, vocab_size)
+    _place_added(file, loaded.get("added_tokens", []), texts, types)
+    keys: dict[str, Any] = {}
+    if "[gMASK]" in texts:
+        name = {"llama-bpe": "glm4", "dbrx": "chatglm-bpe"}.get(name, name)
+        keys = {f"tokenizer.ggml.{role}_token_id": texts.index(t) for role, t in _GLM.items() if t in texts}
+    return _vocabulary("gpt2", name, texts, types) | {"tokenizer.ggml.merges": _merges(model)} | keys
+
+
+def _gemma4(file: Path, loaded: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """BPE over whole lines with byte tokens: SentencePiece's vocabulary with tokenizer.json's merges."""
+    model = loaded["model"]
+    _check(file, loaded, {"Replace"})
+    texts, types = _tokens(file, model, vocab_size)
+    _place_added(file, loaded.get("added_tokens", []), texts, types, visible=_GEMMA4_VISIBLE)
+    keys = _vocabulary("gemma4", "gemma4", texts, types, space_prefix=False)
+    return keys | {"tokenizer.ggml.merges": _merges(model)}
+
+
+def _tekken(file: Path, vocab_size: int) -> dict[str, Any]:
+    loaded = tekken.read(file)
+    keys = _byte_level(file, loaded, vocab_size) | {"tokenizer.ggml.add_bos_token": True}
+    special = {entry["content"]: entry["id"] for entry in loaded["added_tokens"]}
+    keys |= {f"tokenizer.ggml.{role}_token_id": special[t] for role, t in tekken.ROLES.items() if t in special}
+    template = file.with_name("chat_template.jinja")
+    return keys | ({"tokenizer.chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+
+
+def _check(file: Path, loaded: dict[str, Any], normalizers: set[str]) -> None:
+    kind = loaded["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise DynqError(f"{file}: a tokenizer of type {kind} is not supported, BPE is")
+    for part in pretokenizers.parts(loaded.get("normalizer")):
+        if part["type"] not in normalizers:
+            raise DynqError(
+                f"{file}: llama.cpp does not do what the tokenizer's normalizer {part['type']} does to text"
+            )
+
+
+def _merges(model: dict[str, Any]) -> list[str]:
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+
+
+def _tokens(file: Path, model: dict[str, Any], vocab_size: int) -> tuple[list[str | None], list[int]]:
+    """The texts and types of a tokenizer.json's model, without the added tokens."""
     texts: list[str | None] = [None] * vocab_size
     types = [int(TokenType.NORMAL)] * vocab_size
     for text, token in model["vocab"].items():
         _place(file, texts, token, text)
-    _place_added(file, loaded.get("added_tokens", []), texts, types)
-    return _vocabulary("gpt2", name, texts, types)
+        if model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            types[token] = int(TokenType.BYTE)
+    if model.get("byte_fallback") and (unknown := model.get("unk_token")) in model["vocab"]:
+        types[model["vocab"][unknown]] = int(TokenType.UNKNOWN)
+    return texts, types
 
 
 def _sentencepiece_json(file: Path, loaded: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -133,34 +158,29 @@ def _sentencepiece_json(file: Path, loaded: dict[str, Any], vocab_size: int) -> 
             f"{file}: this {model.get('type')} tokenizer is neither byte-level BPE nor SentencePiece BPE "
             "with byte fallback"
         )
+    _check(file, loaded, {"Prepend", "Replace"})
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         ranks.setdefault(left + right, rank)
-    texts: list[str | None] = [None] * vocab_size
-    types = [int(TokenType.NORMAL)] * vocab_size
-    scores = [-10000.0] * vocab_size
-    for text, token in model["vocab"].items():
-        _place(file, texts, token, text)
-        scores[token] = -float(ranks.get(text, len(ranks)))
-        if re.fullmatch("<0x[0-9A-F]{2}>", text):
-            types[token] = int(TokenType.BYTE)
-            scores[token] = 0.0
-    for token in _place_added(file, loaded.get("added_tokens", []), texts, types):
+    texts, types = _tokens(file, model, vocab_size)
+    scores = [
+        0.0 if kind == TokenType.BYTE else -10000.0 if text is None else -float(ranks.get(text, len(ranks)))
+        for text, kind in zip(texts, types, strict=True)
+    ]
+    for token in _place_added(file, loaded.get("added_tokens", []), texts, types, spaces=True):
         scores[token] = -1000.0
-    if (unknown := model.get("unk_token")) in model["vocab"]:
-        types[model["vocab"][unknown]] = int(TokenType.UNKNOWN)
     prefix = any(
-        part.get("type") == "Prepend" or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
-        for part in _parts(loaded.get("normalizer")) + _parts(loaded.get("pre_tokenizer"))
+        part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for key in ("normalizer", "pre_tokenizer")
+        for part in pretokenizers.parts(loaded.get(key))
     )
     return _vocabulary("llama", "default", texts, types, scores, prefix)
 
 
-def _sentencepiece_model(path: Path, vocab_size: int) -> dict[str, Any]:
+def _sentencepiece_model(file: Path, loaded: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     from sentencepiece import SentencePieceProcessor
 
-    file = path / "tokenizer.model"
     try:
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError):
@@ -168,28 +188,61 @@ def _sentencepiece_model(path: Path, vocab_size: int) -> dict[str, Any]:
     texts: list[str | None] = [None] * vocab_size
     types = [int(TokenType.NORMAL)] * vocab_size
     scores = [-10000.0] * vocab_size
-    for token in range(model.vocab_size()):
+    for token, kind in enumerate(_piece_types(model.serialized_model_proto())):
         _place(file, texts, token, model.IdToPiece(token))
         scores[token] = float(model.GetScore(token))
-        if model.IsUnknown(token):
-            types[token] = int(TokenType.UNKNOWN)
-        elif model.IsControl(token):
-            types[token] = int(TokenType.CONTROL)
-        elif model.IsUnused(token):
-            types[token] = int(TokenType.UNUSED)
-        elif model.IsByte(token):
-            types[token] = int(TokenType.BYTE)
+        types[token] = kind  # the numbers are the same in SentencePiece and GGUF
     if any(s != round(s) for s, t in zip(scores, types, strict=True) if t == TokenType.NORMAL):
         # BPE scores are minus a rank; a unigram model's are log-probabilities, and llama.cpp's merging would not fit
         raise DynqError(f"{file}: a SentencePiece unigram model is not supported, SentencePiece BPE is")
-    for token in _place_added(file, _added_tokens(path), texts, types):
+    symbols = [
+        {"id": token, "content": text}
+        for token, (text, kind) in enumerate(zip(texts, types, strict=True))
+        if kind == TokenType.USER_DEFINED
+    ]
+    for token in _place_added(file, symbols + _added_tokens(file.parent, loaded), texts, types, spaces=True):
         scores[token] = -1000.0
     prefix = "".join(model.EncodeAsPieces("a")).startswith(_SPACE)
     return _vocabulary("llama", "default", texts, types, scores, prefix)
 
 
-def _added_tokens(path: Path) -> list[dict[str, Any]]:
-    """Tokens added beside a tokenizer.model: added_tokens.json, then tokenizer_config.json's decoder table."""
+def _piece_types(proto: bytes) -> Iterator[int]:
+    """The type of each piece of a SentencePiece model, whose Python package tells all types but "user defined".
+
+    A protocol buffer (sentencepiece_model.proto): field 1 of the model is a piece, field 3 of a piece its type.
+    """
+    for number, piece in _fields(proto):
+        if number == 1 and isinstance(piece, bytes):
+            yield next((int(v) for n, v in _fields(piece) if n == 3 and isinstance(v, int)), int(TokenType.NORMAL))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The numbers and the values of a protocol buffer's fields (protobuf.dev/programming-guides/encoding)."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        at += size
+        yield number, message[at - size : at]
+
+
+def _added_tokens(path: Path, loaded: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tokens added to a tokenizer.model by added_tokens.json, tokenizer_config.json and tokenizer.json."""
     added: dict[int, dict[str, Any]] = {}
     if (file := path / "added_tokens.json").is_file():
         for text, token in json.loads(file.read_text(encoding="utf-8")).items():
@@ -197,6 +250,7 @@ def _added_tokens(path: Path) -> list[dict[str, Any]]:
     if (file := path / "tokenizer_config.json").is_file():
         table = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
         added |= {int(token): {"id": int(token), **entry} for token, entry in table.items()}
+    added |= {entry["id"]: entry for entry in loaded.get("added_tokens", [])}
     return list(added.values())
 
 
@@ -206,15 +260,32 @@ def _place(file: Path, texts: list[str | None], token: int, text: str) -> None:
     texts[token] = text
 
 
-def _place_added(file: Path, added: list[dict[str, Any]], texts: list[str | None], types: list[int]) -> list[int]:
-    """Put added tokens in their places, with their types; returns their ids. An unknown token keeps its type."""
+def _place_added(
+    file: Path,
+    added: list[dict[str, Any]],
+    texts: list[str | None],
+    types: list[int],
+    *,
+    spaces: bool = False,
+    visible: Collection[str] = (),
+) -> list[int]:
+    """Put added tokens in their places, with their types; returns their ids. An unknown token keeps its type.
+
+    Tokens that the embedding has no row for are left out (Gemma 3's for images).
+    spaces: text tokens hold SentencePiece's visible spaces; llama.cpp looks for spaces.
+    visible: control tokens that are to be shown.
+    """
+    placed = []
     for entry in added:
         token, text = entry["id"], entry["content"]
-        control = entry.get("special") or _looks_special(text)
-        _place(file, texts, token, text if control else text.replace(_SPACE, " "))
+        if token >= len(texts):
+            continue
+        control = (entry.get("special") or _looks_special(text)) and text not in visible
+        _place(file, texts, token, text.replace(_SPACE, " ") if spaces and not control else text)
         if types[token] != TokenType.UNKNOWN:
             types[token] = int(TokenType.CONTROL if control else TokenType.USER_DEFINED)
-    return [entry["id"] for entry in added]
+        placed.append(token)
+    return placed
 
 
 def _looks_special(text: str) -> bool:
@@ -250,48 +321,16 @@ def _vocabulary(
     return keys
 
 
-def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The elements of a (nested) Sequence of a tokenizer.json."""
-    if node is None:
-        return []
-    children = node.get("pretokenizers") or node.get("normalizers")
-    return [part for child in children for part in _parts(child)] if children else [node]
-
-
-def _steps(node: dict[str, Any] | None) -> Steps | None:
-    """A byte-level pre-tokenizer in the form of `_PRE`; None if it is not byte-level at all.
-
-    Parts that `_PRE` has no word for are kept as their JSON, so that they match nothing and show in the error.
-    """
-    steps: list[tuple[str, ...]] = []
-    byte_level = False
-    for part in _parts(node):
-        kind = part["type"]
-        if kind == "ByteLevel" and not part.get("add_prefix_space"):
-            byte_level = True
-            if part.get("use_regex", True):
-                steps.append(("gpt-2",))
-        elif (
-            kind == "Split" and part["behavior"] == "Isolated" and not part.get("invert") and "Regex" in part["pattern"]
-        ):
-            steps.append(("split", part["pattern"]["Regex"]))
-        elif kind == "Digits" and part.get("individual_digits"):
-            steps.append(("digits",))
-        else:
-            byte_level = byte_level or kind == "ByteLevel"
-            steps.append(("unknown", json.dumps(part, ensure_ascii=False)))
-    return tuple(steps) if byte_level else None
-
-
 # --- GGUF -> transformers -------------------------------------------------------------------------------------------
 
 
 def added_bos(metadata: dict[str, Any]) -> int | None:
     """The BOS token that llama.cpp puts before a text, by a GGUF's metadata; None where it puts none."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    default = metadata.get("tokenizer.ggml.model") == "llama" or _SAME.get(pre, pre) in _ADDS_BOS
+    model = metadata.get("tokenizer.ggml.model")
+    pre = pretokenizers.find(metadata.get("tokenizer.ggml.pre", "default"))
+    adds = metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or (pre is not None and pre.adds_bos))
     token = metadata.get("tokenizer.ggml.bos_token_id")
-    return token if metadata.get("tokenizer.ggml.add_bos_token", default) and isinstance(token, int) else None
+    return token if (adds or model == "gemma4") and isinstance(token, int) else None
 
 
 def from_gguf(metadata: dict[str, Any]) -> Any:
@@ -316,22 +355,25 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
     ]
     vocab = {text: i for i, text in enumerate(tokens) if not padding[i]}
     model = get("model")
-    pre = get("pre", "default")
-    pre = _SAME.get(pre, pre)
     if model == "gpt2":
-        parts = _byte_level_parts(vocab, get("merges", []), pre)
+        parts = _byte_level_parts(vocab, get("merges", []), get("pre", "default"))
     elif model == "llama":
-        parts = _sentencepiece_parts(tokens, types, get("scores") or [], get("add_space_prefix", True))
+        merges = _merges_of_scores(tokens, types, get("scores") or [])
+        parts = _sentencepiece_parts(tokens, types, merges, get("add_space_prefix", True))
+    elif model == "gemma4":
+        merges = [text.split(" ", 1) for text in get("merges", [])]
+        parts = _sentencepiece_parts(tokens, types, merges, False)
     else:
-        raise DynqError(f"the GGUF's tokenizer model {model!r} is not supported; supported are gpt2 and llama")
+        raise DynqError(f"the GGUF's tokenizer model {model!r} is not supported; supported are gpt2, llama and gemma4")
     special = {
         role: tokens[token]
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if isinstance(token := get(f"{key}_token_id"), int) and 0 <= token < len(tokens)
     }
+    phi3 = any(name in metadata.get("general.name", "").lower() for name in ("phi-3", "phi3"))
     added = [
         {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL, "normalized": False,
-         "single_word": False, "lstrip": False, "rstrip": False}
+         "single_word": False, "lstrip": False, "rstrip": phi3 and tokens[i] not in _PHI3_KEEPS}
         for i, kind in enumerate(types) if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]  # fmt: skip
     bos = added_bos(metadata)
@@ -351,34 +393,30 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
     )
 
 
-def _byte_level_parts(vocab: dict[str, int], merges: list[str], pre: str) -> dict[str, Any]:
-    if pre not in _PRE:
-        raise DynqError(f"the GGUF's pre-tokenizer {pre!r} is not known here; known are {', '.join([*_PRE, *_SAME])}")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    steps: list[dict[str, Any]] = []
-    for step in _PRE[pre].steps:
-        if step[0] == "split":
-            steps.append({"type": "Split", "pattern": {"Regex": step[1]}, "behavior": "Isolated", "invert": False})
-        elif step[0] == "digits":
-            steps.append({"type": "Digits", "individual_digits": True})
-        else:
-            byte_level["use_regex"] = True
+def _byte_level_parts(vocab: dict[str, int], merges: list[str], name: str) -> dict[str, Any]:
+    pre = pretokenizers.find(name)
+    if pre is None:
+        known = ", ".join([*pretokenizers.PRE, *pretokenizers.SAME])
+        raise DynqError(f"the GGUF's pre-tokenizer {name!r} is not known here; known are {known}")
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, byte_level]},
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": _PRE[pre].ignore_merges},
+        "pre_tokenizer": pretokenizers.to_json(pre),
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": pre.ignore_merges},
     }
 
 
-def _sentencepiece_parts(
-    tokens: list[str], types: list[int], scores: list[float], space_prefix: bool
-) -> dict[str, Any]:
-    """Merges from scores: every split of a token into two tokens is a merge, tried in the order of the scores."""
+def _used(tokens: list[str], types: list[int]) -> dict[str, int]:
     vocab: dict[str, int] = {}
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind != TokenType.UNUSED:
             vocab.setdefault(text, i)
+    return vocab
+
+
+def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
+    """Every split of a token into two tokens is a merge, tried in the order of the scores."""
+    vocab = _used(tokens, types)
     merges = [
         (-scores[i], vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
         for text, i in vocab.items()
@@ -386,6 +424,13 @@ def _sentencepiece_parts(
         for cut in range(1, len(text))
         if text[:cut] in vocab and text[cut:] in vocab
     ]
+    return [list(merge[3:]) for merge in sorted(merges)]
+
+
+def _sentencepiece_parts(
+    tokens: list[str], types: list[int], merges: list[list[str]], space_prefix: bool
+) -> dict[str, Any]:
+    vocab = _used(tokens, types)
     prepend = [{"type": "Prepend", "prepend": _SPACE}] if space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space_prefix else []
     visible = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -396,7 +441,7 @@ def _sentencepiece_parts(
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [invisible, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
-            "type": "BPE", "vocab": vocab, "merges": [list(m[3:]) for m in sorted(merges)],
+            "type": "BPE", "vocab": vocab, "merges": merges,
             "unk_token": unknown, "fuse_unk": True, "byte_fallback": True,
         },
     }  # fmt: skip

@@ -1,108 +1,30 @@
-# ruff: noqa: E501  (the table of strings)
-"""llama.cpp and transformers split and merge alike on exported tokenizers, and a GGUF's tokenizer comes back."""
+"""llama.cpp and transformers split and merge alike on exported byte-level BPEs, and a GGUF's tokenizer comes back."""
 
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import category, normalize
 
-import numpy as np
 import pytest
 import tiny_models
 import transformers
+from awkward import CASE, LONG_S, MARKS, STRINGS, WIDE, WORDS
 from gguf import TokenType
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from in_engine import ROOT, code, differ, gguf_of, tokens
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
-from dynq import architectures, tokenizer
-from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from dynq.engine import Engine
+from dynq import pretokenizers, tokenizer
+from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
-from dynq.export import export
-from dynq.recipe import Recipe
 from dynq.torch_model import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-
-_WORDS = [
-    "Hello, world!", "hello  world", " leading", "trailing ", "   three", "tab\tseparated\t\tvalues", "line\nbreak",
-    "two\n\nbreaks", "\n", "\n\n\n", " \n ", "\r\n", "a\r\nb", "  \n  \n  x", " ", "  ", "     ", "\t", "x\t y",
-    "I'm you're he'll we've it's don't she'd", "I'M YOU'RE HE'LL WE'VE IT'S DON'T SHE'D", "'s't're", "''", "O'Neil's",
-    "0", "12", "123", "1234", "12345", "123456789", "3.14159", "-1e-10", "1,234,567.89", "2026-11-23", "12:30:59.001",
-    "x1y22z333w4444", "１２３", "٣٤٥", "½ ¾", "²³", "Ⅷ", "100%", "$9.99", "€5", "#1", "A1B2C3", "1st 2nd 3rd",
-    "naïve café résumé", "Ünïcödé", "ÀÉÎÕÜ", "straße", "ŒUVRE", "Ελληνικά κείμενο", "Русский текст", "УКРАЇНСЬКА мова",
-    "עברית", "العربية نص", "हिन्दी पाठ", "বাংলা", "ไทย ภาษา", "ខ្មែរ", "ქართული", "Հայերեն", "中文文本", "日本語テキスト", "ひらがな カタカナ",
-    "한국어 텍스트", "繁體中文，標點。", "Tiếng Việt", "Türkçe ışık İstanbul", "ελλ123абв", "中1文2", "mixed中文and English",
-    "😀", "😀😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷🇩🇪", "text😀text", " 😀 ", "😶‍🌫️ cloud", "❤️", "✅ done", "→ ← ⇒", "…", "“quotes” ‘single’",
-    "«guillemets»", "—em—dash–en", "•bullet", "©®™", "∑∫√∞≠≤≥", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ﬁ ligature", "Ａｂｃ", "\u00a0nbsp\u00a0", "\u3000wide\u3000space",
-    "thin\u2009space", "zero\u200bwidth", "soft\u00adhyphen", "\u2028line sep", "\ufeffbom", "a\u0085b", "\x07bell", "\x1b[31mred",
-    "!!!", "???", "...", "---", "===", "***", "___", "///", "\\\\\\", "```", "~~~", "()[]{}<>", "a.b.c", "a,b,c", "a;b;c",
-    "a/b/c", "a\\b\\c", "a_b_c", "a-b-c", "a+b=c", "a|b", "a&b", "a@b.com", "http://example.org/path?q=1&r=2#frag",
-    "C:\\Users\\me\\file.txt", "/usr/local/bin", "user@host:~$ ls -la", "!@#$%^&*()", "\"double\" 'single'", "it's \"so\"",
-    "def f(x):\n    return x**2\n", "for (int i = 0; i < n; ++i) {\n\tsum += a[i];\n}", "if (a && b || !c) { }",
-    "SELECT * FROM t WHERE a='b';", "<html><body class=\"x\">&nbsp;</body></html>", "{\"key\": [1, 2.5, null, true]}",
-    "# Heading\n\n- item 1\n- item 2\n", "| a | b |\n|---|---|\n| 1 | 2 |", "$x^2 + y^2 = z^2$", "\\frac{a}{b}",
-    "import numpy as np  # comment", "lambda x: x[::-1]", "std::vector<int> v{1,2,3};", "fn main() -> Result<(), Error> {",
-    "0xDEADBEEF", "0b1010", "1_000_000", "camelCase PascalCase snake_case SCREAMING_CASE kebab-case", "XMLHttpRequest",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "abababababababab", "AAAAaaaaAAAA", "the the the the", "a b c d e f g h",
-    "supercalifragilisticexpialidocious", "antidisestablishmentarianism", "ﷺ", "a" * 300, " " * 40 + "x", "\n" * 20 + "x",
-    "x" + "\t" * 9, "word " * 30, "1" * 50, "." * 70, "ab" * 100, "é" * 30, "中" * 30, "😀" * 10,
-]  # fmt: skip
-_PIECES = ["The answer", " is", "  42", "\n", "\t", "it's", " naïve", "中文", "😀", "1234", "...", " \n ", "x=y;", "Ω"]
-STRINGS = _WORDS + [
-    "".join(_PIECES[(i * step + i * i + step // 7) % len(_PIECES)] for i in range(2 + step % 7))
-    for step in range(1, 101)
-]
+SPECIAL = ["<|im_start|>user\nhi<|im_end|>\n", "a<|im_end|>b", "<|im_end|><|im_end|>", " <|im_start|> ", "<|im_"]
 
 
 def test_there_are_enough_strings() -> None:
-    assert len(set(STRINGS)) >= 200
-
-
-def gguf_of(directory: Path, vocab_size: int, path: Path) -> Path:
-    """A GGUF with the tokenizer of a directory and a model of zeros."""
-    config = {**tiny_models.COMMON, "model_type": "llama", "vocab_size": vocab_size, "num_hidden_layers": 1}
-    architecture = architectures.for_config(config)
-    width, ff, kv = 128, 160, 64
-    shapes: dict[str, tuple[int, ...]] = {"attn_k": (kv, width), "attn_v": (kv, width), "ffn_down": (width, ff)}
-    shapes |= {"ffn_gate": (ff, width), "ffn_up": (ff, width), "token_embd": (vocab_size, width)}
-    shapes |= {"output": (vocab_size, width), "attn_q": (width, width), "attn_output": (width, width)}
-    tensors = {}
-    for name in architecture.required():
-        info = TensorInfo(name, (width,), "F32")
-        tensors[name] = TensorInfo(name, shapes.get(info.kind, (width,)), "F32")
-    metadata = {"general.architecture": "llama", **architecture.metadata()}
-    metadata |= tokenizer.from_directory(directory, vocab_size)
-    model = Checkpoint(
-        "zeros", directory, architecture, metadata, tensors, lambda n: np.zeros(tensors[n].shape, np.float32), []
-    )
-    export(model, Recipe(dict.fromkeys(tensors, "F16"), "", 0, 0.0, None), None, path, threads=1)
-    return path
-
-
-def differences(
-    path: Path, theirs: Any, strings: list[str], *, add_special: bool = False
-) -> list[tuple[str, Any, Any]]:
-    with Engine(path, n_ctx=64, threads=1) as engine:
-        pairs = [
-            (s, engine.tokenize(s, add_special=add_special), theirs(s, add_special_tokens=add_special)["input_ids"])
-            for s in strings
-        ]
-    return [(s, ours, other) for s, ours, other in pairs if ours != other]
-
-
-def code() -> list[str]:
-    """English and code to train on."""
-    files = [ROOT / "LICENSE", *sorted((ROOT / "dynq").glob("*.py"))]
-    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-SPECIAL = [
-    "<|im_start|>user\nhi<|im_end|>\n",
-    "a<|im_end|>b",
-    "<|im_end|><|im_end|>",
-    " <|im_start|> ",
-    "<|endoftext|>x",
-    "<|im_",
-]
+    assert len(set(WORDS)) >= 200
+    assert len(set(STRINGS)) >= 300
 
 
 def test_embedded_model(tmp_path: Path) -> None:
@@ -110,32 +32,129 @@ def test_embedded_model(tmp_path: Path) -> None:
     assert checkpoint.metadata["tokenizer.ggml.pre"] == "gpt-2"
     path = gguf_of(checkpoint.path, checkpoint.config["vocab_size"], tmp_path / "t.gguf")
     theirs = load_tokenizer(checkpoint)
-    assert differences(path, theirs, STRINGS + SPECIAL) == []
+    assert differ(tokens(path, STRINGS + SPECIAL), theirs) == []
     back = load_tokenizer(open_checkpoint(path))
     assert [s for s in STRINGS + SPECIAL if back(s)["input_ids"] != theirs(s)["input_ids"]] == []
     assert back.chat_template == theirs.chat_template
     assert (back.bos_token_id, back.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id) == (0, 2)
-    ids = theirs(STRINGS[0])["input_ids"]
-    assert back.decode(ids) == theirs.decode(ids) == STRINGS[0]
+    ids = theirs(WORDS[0])["input_ids"]
+    assert back.decode(ids) == theirs.decode(ids) == WORDS[0]
 
 
-@pytest.mark.parametrize("kind", ["gpt-2", "llama-bpe", "qwen2", "smollm"])
+# --- every way to split ---------------------------------------------------------------------------------------------
+
+# Where llama.cpp's own rule is another than the tokenizer's: what it puts in the place of a part of the regex
+# (src/llama-vocab.cpp, and src/unicode.cpp, which sees only letters, marks, numbers and so on beyond ASCII).
+_CASES = {  # case in ASCII only, and marks are no part of a word
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]": r"[\p{L}&&[^a-z]]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]": r"[\p{L}&&[^A-Z]]",
+}
+_ASCII_CONTRACTIONS = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)": "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"}
+_NO_WIDE_SPACE = {  # white space is taken out of the text before these classes are looked for
+    "[一-龥ࠀ-一가-퟿]+": r"[[一-龥ࠀ-一가-퟿]&&[^\s]]+",
+    "[!-/:-~！-／：-～‘-‟　-。]+": r"[[!-/:-~！-／：-～‘-‟　-。]&&[^\s]]+",
+}
+_RUNS = {"digits": r"\p{N}+"}  # digits together: the same where, as in DeepSeek's, no token has parts of two digits
+# kind -> (the replacements, the texts that are therefore split otherwise)
+EXCEPTIONS: dict[str, tuple[dict[str, str], list[str]]] = {
+    "llama-bpe": (_ASCII_CONTRACTIONS, LONG_S),
+    "glm4": (_ASCII_CONTRACTIONS, LONG_S),
+    "dbrx": (_ASCII_CONTRACTIONS, LONG_S),
+    "qwen2": (_ASCII_CONTRACTIONS, LONG_S),
+    "qwen35": (_ASCII_CONTRACTIONS, LONG_S),
+    "tekken": (_CASES, MARKS + CASE),
+    "gpt-4o": (_CASES | _ASCII_CONTRACTIONS, MARKS + CASE + LONG_S),
+    "deepseek-coder": (_NO_WIDE_SPACE, WIDE),
+    "deepseek-llm": (_NO_WIDE_SPACE | _RUNS, WIDE),
+}
+NFC = {"qwen2", "qwen35"}  # tokenizers that normalise
+ADDED = [
+    AddedToken("<tool>", normalized=False), AddedToken("[gMASK]", normalized=False, special=True),
+    AddedToken("<|user|>", normalized=False, special=True), AddedToken("\n\n\n\n\n", normalized=False),
+]  # fmt: skip
+
+
+def rule(kind: str, replace: dict[str, str]) -> PreTokenizer:
+    """A tokenizer's way to split with parts of its regexes replaced."""
+    steps = []
+    for step in tiny_models.PRE_TOKENIZERS[kind]:
+        for theirs, ours in replace.items():
+            step = step.replace(theirs, ours)
+        steps.append(step)
+    return tiny_models.pre_tokenizer(steps)
+
+
+def borders(splitter: PreTokenizer, text: str) -> list[tuple[int, int]]:
+    return [span for _, span in splitter.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("kind", tiny_models.PRE_TOKENIZERS)
 def test_byte_level_bpe(kind: str, tmp_path: Path) -> None:
-    directory = tiny_models.byte_level(kind, code() + STRINGS, tmp_path / kind, vocab_size=700)
-    special = ["a[user word]b", "<|begin|>x", "[user word] [user word]", "x <|end|>"]
-    path = gguf_of(directory, 720, tmp_path / "t.gguf")
-    checkpoint = open_checkpoint(path)
+    """Equal tokens, but for the texts in EXCEPTIONS and, where the tokenizer normalises, those not normalised."""
+    text = (ROOT / "LICENSE").read_text().splitlines() + STRINGS * 4
+    added = ADDED if kind == "glm4" else ADDED[:1]
+    directory = tiny_models.byte_level(
+        kind, text, tmp_path / kind, vocab_size=4000, across=True, nfc=kind in NFC, added=added
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    path = gguf_of(directory, 4020, tmp_path / "t.gguf")
+    checkpoint = open_checkpoint(path)
     assert checkpoint.metadata["tokenizer.ggml.pre"] == kind
-    assert differences(path, theirs, STRINGS + special) == []
-    assert differences(path, theirs, STRINGS[:5], add_special=True) == []  # neither adds a first token
-    back = load_tokenizer(checkpoint)
-    assert [s for s in STRINGS + special if back(s)["input_ids"] != theirs(s)["input_ids"]] == []
-    types = checkpoint.metadata["tokenizer.ggml.token_type"]
-    tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
-    assert [types[tokens.index(t)] for t in ("<|begin|>", "[user word]", "a", "[PAD719]")] == [
+    ours = tokens(path, STRINGS)
+
+    replace, listed = EXCEPTIONS.get(kind, ({}, []))
+    exceptions = set(listed)
+    as_llama_cpp = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    as_llama_cpp.pre_tokenizer, as_llama_cpp.normalizer = rule(kind, replace), None  # type: ignore[assignment]
+    assert differ(ours, lambda s: as_llama_cpp.encode(s, add_special_tokens=False).ids) == []
+    runs = _RUNS if kind == "deepseek-llm" else {}
+    assert {s for s in STRINGS if borders(rule(kind, replace), s) != borders(rule(kind, runs), s)} == exceptions
+    exceptions |= {"٠١٢٣٤٥٦٧٨٩"} if runs else set()  # tokens learnt from letters, of the end of one digit and the next
+    denormal = {s for s in STRINGS if normalize("NFC", s) != s} if kind in NFC else set()
+    different = set(differ(ours, theirs))
+    assert denormal <= different <= denormal | exceptions
+    assert bool(different & exceptions) == bool(exceptions) or exceptions == set(LONG_S)  # no merge may cross there
+    assert set(differ(tokens(path, [normalize("NFC", s) for s in denormal]), theirs)) <= exceptions
+
+    back = load_tokenizer(checkpoint)  # splits as the tokenizer does, not as llama.cpp does
+    assert {s for s in STRINGS if back(s)["input_ids"] != theirs(s)["input_ids"]} == denormal
+    assert differ(tokens(path, STRINGS[-5:], add_special=True), theirs, add_special=True) == []  # no first token
+    types, texts = (checkpoint.metadata[f"tokenizer.ggml.{key}"] for key in ("token_type", "tokens"))
+    assert [types[texts.index(t)] for t in ("<|begin|>", "[user word]", "a", "[PAD4019]")] == [
         TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.NORMAL, TokenType.UNUSED,
     ]  # fmt: skip
+
+
+def test_table_of_pre_tokenizers() -> None:
+    """Every name has a test above; other names lead to it; what is written is read again."""
+    assert set(pretokenizers.PRE) == set(tiny_models.PRE_TOKENIZERS)
+    assert set(pretokenizers.SAME.values()) <= set(pretokenizers.PRE)
+    assert not set(pretokenizers.SAME) & set(pretokenizers.PRE)
+    for pre in pretokenizers.PRE.values():
+        assert pretokenizers.from_json(pretokenizers.to_json(pre)) == pre.steps
+
+
+def test_cased_letters_of_deepseek() -> None:
+    ranges = pretokenizers.PRE["deepseek-llm"].steps[1][1][4:-2]
+    letters: list[int] = []
+    while ranges:
+        span = 3 if ranges[1:2] == "-" else 1
+        letters += range(ord(ranges[0]), ord(ranges[span - 1]) + 1)
+        ranges = ranges[span:]
+    assert letters == sorted(set(letters))
+    assert len(letters) == 2729
+    assert {category(chr(letter)) for letter in letters} == {"Lu", "Ll", "Lt"}
+
+
+def test_glm_ends_its_turns(tmp_path: Path) -> None:
+    directory = tiny_models.byte_level("glm4", code(), tmp_path / "m", vocab_size=400, added=ADDED)
+    keys = tokenizer.from_directory(directory, 400 + len(ADDED))
+    texts = keys["tokenizer.ggml.tokens"]
+    assert (keys["tokenizer.ggml.pre"], texts[keys["tokenizer.ggml.eot_token_id"]]) == ("glm4", "<|user|>")
+    assert "tokenizer.ggml.eom_token_id" not in keys  # there is no <|observation|> here
+    fast = directory / "tokenizer.json"
+    fast.write_text(fast.read_text().replace('"ignore_merges": true', '"ignore_merges": false'))
+    assert tokenizer.from_directory(directory, 500)["tokenizer.ggml.pre"] == "chatglm-bpe"
 
 
 def test_another_split_is_seen(tmp_path: Path) -> None:
@@ -145,7 +164,39 @@ def test_another_split_is_seen(tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     fast = directory / "tokenizer.json"
     fast.write_text(fast.read_text().replace("{1,3}", ""))  # single digits: qwen2
-    assert len(differences(gguf_of(directory, 720, tmp_path / "t.gguf"), theirs, numbers[:20])) > 5
+    assert len(differ(tokens(gguf_of(directory, 720, tmp_path / "t.gguf"), numbers[:20]), theirs)) > 5
+
+
+# --- added tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_of_added_tokens_are_not_known_to_llama_cpp(tmp_path: Path) -> None:
+    """Exactly these differ: spaces that a flag drops, a word that must stand alone, tokens that overlap."""
+    added = [
+        AddedToken("<|sep|>", lstrip=True, rstrip=True, special=True, normalized=False),  # as Phi-4's
+        AddedToken("word", single_word=True, normalized=False),
+        AddedToken("==>", normalized=False),
+        AddedToken(">>>>", normalized=False),
+    ]
+    directory = tiny_models.byte_level("dbrx", code(), tmp_path / "m", vocab_size=500, added=added)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    alike = ["a<|sep|>b", "<|sep|><|sep|>", "a word b", "word", "==>", ">>>>", "==>==>", "x>>>>>>>>y"]
+    path = gguf_of(directory, 510, tmp_path / "t.gguf")
+    assert differ(tokens(path, alike), theirs) == []
+    other = ["a <|sep|>b", "a<|sep|>\n\nb", "a <|sep|> b", "words", "==>>>>"]
+    assert differ(tokens(path, other), theirs) == other
+    back = load_tokenizer(open_checkpoint(path))
+    assert differ(tokens(path, alike + other[:-1]), back) == []
+    assert differ(tokens(path, other[-1:]), back) == ["==>>>>"]  # the longest first there, the leftmost here
+
+
+def test_added_token_without_a_row(tmp_path: Path) -> None:
+    """Gemma 3's token for images stands beyond the embedding of its text model."""
+    directory = tiny_models.byte_level("gpt-2", ["text"], tmp_path, vocab_size=300, added=[AddedToken("<image>")])
+    size = len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"])
+    keys = tokenizer.from_directory(directory, size)
+    assert len(keys["tokenizer.ggml.tokens"]) == size
+    assert not {"<image>", "[user word]"} & set(keys["tokenizer.ggml.tokens"])
 
 
 def test_beginning_token_is_added_where_the_template_says_so(tmp_path: Path) -> None:
@@ -163,69 +214,28 @@ def test_beginning_token_is_added_where_the_template_says_so(tmp_path: Path) -> 
     path = gguf_of(directory, 500, tmp_path / "t.gguf")
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     assert theirs("a")["input_ids"][0] == 0
-    assert differences(path, theirs, STRINGS[:20], add_special=True) == []
+    assert differ(tokens(path, STRINGS[:60], add_special=True), theirs, add_special=True) == []
     assert load_tokenizer(open_checkpoint(path))("Hello")["input_ids"] == theirs("Hello")["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a SentencePiece BPE, trained as Llama's was: byte fallback, single digits, spaces kept."""
-    directory = tmp_path_factory.mktemp("spm")
-    SentencePieceTrainer.Train(
-        sentence_iterator=iter(code() + _WORDS), model_prefix=str(directory / "tokenizer"), model_type="bpe",
-        vocab_size=900, byte_fallback=True, split_digits=True, remove_extra_whitespaces=False, num_threads=1,
-        normalization_rule_name="identity", character_coverage=0.995, allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                "add_bos_token": True, "add_eos_token": False, "legacy": True,
-            }
-        )
-    )  # fmt: skip
-    config = {**tiny_models.COMMON, "model_type": "llama", "vocab_size": 910, "bos_token_id": 1, "eos_token_id": 2}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+@pytest.mark.parametrize(
+    ("keys", "first"),
+    [
+        ({"model": "gpt2", "pre": "llama3"}, 7),
+        ({"model": "gpt2", "pre": "glm4"}, None),
+        ({"model": "gpt2", "pre": "qwen2"}, None),
+        ({"model": "gpt2", "pre": "qwen2", "add_bos_token": True}, 7),
+        ({"model": "llama", "pre": "default"}, 7),
+        ({"model": "llama", "add_bos_token": False}, None),
+        ({"model": "gemma4", "add_bos_token": False}, 7),  # llama.cpp does not listen there
+    ],
+)
+def test_first_token_of_a_file(keys: dict[str, Any], first: int | None) -> None:
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in {**keys, "bos_token_id": 7}.items()}
+    assert tokenizer.added_bos(metadata) == first
 
 
-def test_sentencepiece_model(sentencepiece: Path, tmp_path: Path) -> None:
-    path = gguf_of(sentencepiece, 910, tmp_path / "t.gguf")
-    metadata = open_checkpoint(path).metadata
-    assert metadata["tokenizer.ggml.model"] == "llama"
-    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (1, 2)
-    types = metadata["tokenizer.ggml.token_type"]
-    assert types[:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
-    assert types[300:899] == [TokenType.NORMAL] * 599
-    assert types[900:] == [TokenType.UNUSED] * 10
-    original = SentencePieceProcessor(model_file=str(sentencepiece / "tokenizer.model"))
-    theirs = load_tokenizer(open_checkpoint(path))  # transformers' own reading of the model needs protobuf
-    assert [s for s in STRINGS if theirs(s, add_special_tokens=False)["input_ids"] != original.Encode(s)] == []
-    assert differences(path, theirs, STRINGS) == []
-    assert differences(path, theirs, STRINGS[:50], add_special=True) == []
-    assert theirs("x")["input_ids"][0] == 1
-    assert theirs.decode(theirs(STRINGS[1])["input_ids"], skip_special_tokens=True) == STRINGS[1]
-
-
-def test_sentencepiece_kept_as_json(sentencepiece: Path, tmp_path: Path) -> None:
-    """transformers 5 saves a SentencePiece tokenizer as tokenizer.json only: scores come from the order of merges."""
-    tokenizer.from_gguf(tokenizer.from_directory(sentencepiece, 910)).save_pretrained(tmp_path / "fast")
-    assert not (tmp_path / "fast" / "tokenizer.model").exists()
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "fast")
-    path = gguf_of(tmp_path / "fast", 910, tmp_path / "t.gguf")
-    assert open_checkpoint(path).metadata["tokenizer.ggml.model"] == "llama"
-    assert differences(path, theirs, STRINGS) == []
-    assert differences(path, theirs, STRINGS[:50], add_special=True) == []
-
-
-def test_unigram_is_refused(tmp_path: Path) -> None:
-    SentencePieceTrainer.Train(
-        sentence_iterator=iter(code()), model_prefix=str(tmp_path / "tokenizer"), model_type="unigram", vocab_size=300,
-        minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    with pytest.raises(DynqError, match="unigram"):
-        tokenizer.from_directory(tmp_path, 300)
+# --- what is refused ------------------------------------------------------------------------------------------------
 
 
 def test_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -236,6 +246,25 @@ def test_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
         tokenizer.from_directory(directory, 300)
 
 
+def test_split_that_loses_text_is_refused(tmp_path: Path) -> None:
+    """To remove what no regex matches is to isolate only where the regex matches everything."""
+    directory = tiny_models.byte_level("deepseek-v3", ["text"], tmp_path, vocab_size=300)
+    assert tokenizer.from_directory(directory, 300)["tokenizer.ggml.pre"] == "deepseek-v3"
+    fast = directory / "tokenizer.json"
+    fast.write_text(fast.read_text().replace('"Isolated"', '"Removed"').replace('"invert": false', '"invert": true'))
+    with pytest.raises(DynqError, match=r"no known name for this pre-tokenizer .*Removed"):
+        tokenizer.from_directory(directory, 300)
+
+
+def test_unknown_normalizer_is_refused(tmp_path: Path) -> None:
+    directory = tiny_models.byte_level("gpt-2", ["text"], tmp_path, vocab_size=300)
+    fast = directory / "tokenizer.json"
+    loaded = json.loads(fast.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    fast.write_text(json.dumps(loaded))
+    with pytest.raises(DynqError, match=r"tokenizer\.json: llama\.cpp does not .* normalizer Lowercase"):
+        tokenizer.from_directory(directory, 300)
+
+
 def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     directory = tiny_models.byte_level("gpt-2", ["text"], tmp_path, vocab_size=300)
     with pytest.raises(DynqError, match="beyond the model's vocabulary of 200"):
@@ -243,7 +272,13 @@ def test_vocabulary_larger_than_the_embedding_is_refused(tmp_path: Path) -> None
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(DynqError, match=r"no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(DynqError, match=r"no tokenizer\.json, no tokenizer\.model and no tekken\.json"):
         tokenizer.from_directory(tmp_path, 10)
     with pytest.raises(DynqError, match="no tokenizer"):
         tokenizer.from_gguf({})
+    with pytest.raises(DynqError, match="model 'rwkv' is not supported"):
+        tokenizer.from_gguf({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "rwkv"})
+    with pytest.raises(DynqError, match="pre-tokenizer 'new' is not known here; known are gpt-2, llama-bpe"):
+        tokenizer.from_gguf(
+            {f"tokenizer.ggml.{k}": v for k, v in (("tokens", ["a"]), ("model", "gpt2"), ("pre", "new"))}
+        )

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import transformers
 from families import MODELS, PREPARE
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from dynq import pretokenizers
 
 VOCAB = 384  # rows of the embedding; the tokenizer has fewer tokens, so the last rows are padding
 _WIDTH, _HEADS, _KV_HEADS = 128, 4, 2
@@ -65,31 +67,86 @@ def mean_entropy(logits: torch.Tensor) -> float:
     return float(-(logp.exp() * logp).sum(-1).mean())
 
 
-QWEN2_REGEX = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
 )
-LLAMA3_REGEX = QWEN2_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK_V3 = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
+    " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+PRE_TOKENIZERS: dict[str, list[str]] = {
+    "gpt-2": ["gpt-2"],
+    "smollm": ["digits", "gpt-2"],
+    "llama-bpe": [_CL100K],
+    "glm4": [_CL100K],
+    "dbrx": [_CL100K],
+    "qwen2": [_CL100K.replace("{1,3}", "")],
+    "qwen35": [_QWEN35],
+    "tekken": [_TEKKEN],
+    "gpt-4o": [_O200K],
+    "deepseek-llm": [
+        "[\r\n]",
+        pretokenizers.PRE["deepseek-llm"].steps[1][1],  # 217 characters, looked at in test_tokenizer.py
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        "[一-龥ࠀ-一가-퟿]+",
+        "digits",
+    ],
+    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digits"],
+    "deepseek-v3": [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3],
+}
+"""llama.cpp's name -> the steps of a tokenizer.json that it is for: regexes, "digits", or ByteLevel's own regex."""
+
+
+def pre_tokenizer(steps: list[str], behavior: str = "isolated") -> pre_tokenizers.PreTokenizer:
+    """A pre-tokenizer of steps as in `PRE_TOKENIZERS`; with the behavior "removed" what no regex matches is lost."""
+    parts: list[pre_tokenizers.PreTokenizer] = []
+    for step in steps:
+        if step == "digits":
+            parts.append(pre_tokenizers.Digits(individual_digits=True))
+        elif step != "gpt-2":
+            parts.append(pre_tokenizers.Split(Regex(step), behavior, invert=behavior == "removed"))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex="gpt-2" in steps)
+    return pre_tokenizers.Sequence([*parts, byte_level]) if parts else byte_level
 
 
 def byte_level(
-    kind: str, texts: Iterable[str], directory: Path, *, vocab_size: int, alphabet: list[str] | None = None
+    kind: str,
+    texts: Iterable[str],
+    directory: Path,
+    *,
+    vocab_size: int,
+    alphabet: list[str] | None = None,
+    added: Iterable[AddedToken] = (),
+    nfc: bool = False,
+    across: bool = False,
 ) -> Path:
-    """Train a byte-level BPE with the pre-tokenizer called `kind` in llama.cpp, and save it as Hugging Face does."""
-    byte_level_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    regex_built_in = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    """Train a byte-level BPE with the pre-tokenizer called `kind` in llama.cpp, and save it as Hugging Face does.
 
-    def split(pattern: str) -> pre_tokenizers.PreTokenizer:
-        from tokenizers import Regex
-
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level_only])
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
-    tokenizer.pre_tokenizer = {
-        "gpt-2": lambda: regex_built_in,
-        "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), regex_built_in]),
-        "qwen2": lambda: split(QWEN2_REGEX),
-        "llama-bpe": lambda: split(LLAMA3_REGEX),
-    }[kind]()
+    added: more added tokens. nfc: normalise. across: learn from unsplit text, so that tokens cross the borders of the
+    pieces and every other way to split shows.
+    """
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "glm4", "tekken")))
+    # Phi-4 and Granite 4 write their Split this way
+    splits = pre_tokenizer(PRE_TOKENIZERS[kind], "removed" if kind == "dbrx" else "isolated")
+    # no vocabulary of deepseek-llm has a token of two digits
+    tokenizer.pre_tokenizer = pre_tokenizer(["digits"] if kind == "deepseek-llm" else []) if across else splits
+    tokenizer.normalizer = normalizers.NFC() if nfc else normalizers.Sequence([])
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
@@ -99,7 +156,8 @@ def byte_level(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken("[user word]", normalized=False)])
+    tokenizer.pre_tokenizer = splits
+    tokenizer.add_tokens([AddedToken("[user word]", normalized=False), *added])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[1]}
