@@ -154,7 +154,9 @@ def test_engine_refuses_wrong_head_size(name: str, tiny: Callable[[str], Checkpo
 @pytest.mark.parametrize("name", MODELS)
 def test_put_is_inverse_of_take(name: str, tiny: Callable[[str], Checkpoint]) -> None:
     checkpoint = tiny(name)
-    parameters = dict(load_model(checkpoint).named_parameters())
+    model = load_model(checkpoint)
+    kept = set(model.state_dict())
+    parameters = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in kept}
     filled = {parameter: torch.zeros_like(values) for parameter, values in parameters.items()}
     for tensor in checkpoint.tensors:
         slot = checkpoint.architecture.slot_of(tensor)
