@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from families import BITS, MODELS, WRONG
+from families import BITS, EXACT, MODELS, WRONG
 from families.common import Wrong
 
 from dynq import architectures, libllama
@@ -70,7 +70,7 @@ def test_engine_agrees_with_transformers(name: str, tiny: Callable[[str], Checkp
     assert entropy < 0.5
     assert difference < 0.05  # llama.cpp rounds the activations to F16 as well where the weights are
     difference, _ = compare(checkpoint, write(checkpoint, tmp_path / "32.gguf", "F32"))
-    assert difference < 0.002
+    assert difference < EXACT.get(name, 0.002)
 
 
 @pytest.mark.parametrize("model", ["dynq-tiny", "llama"])
@@ -206,7 +206,7 @@ def test_llama3_factors_are_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; supported are llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported are .*llama, mistral, qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "field 'hidden_size': TypeError"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),

@@ -118,8 +118,7 @@ def for_config(config: dict[str, Any]) -> Architecture:
             return family(_completed(config))
     wanted = config.get("model_type") or ", ".join(config.get("architectures") or ["(none named)"])
     raise DynqError(
-        f"config.json: the architecture {wanted!r} is not supported; supported are {', '.join(supported())}. "
-        "Convert it with llama.cpp and give dynq the 16-bit GGUF with an importance matrix (--imatrix)"
+        f"config.json: the architecture {wanted!r} is not supported; supported are {', '.join(supported())}"
     )
 
 

@@ -5,6 +5,7 @@ WRONG: exports that must differ from the model (see `Wrong`), one for each quirk
 BITS: names of the models whose 3.5bpw file is measured in torch and in the engine (one for each GGUF architecture) ->
     settings that make its rows divisible by 256, where `hidden_size` and `intermediate_size` are not enough.
 PREPARE: name -> function that gives the random model's special parameters values that tell (sinks, decays, biases).
+EXACT: name -> how far log-probabilities of an F32 file may be from transformers', where the engine rounds more.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {}
 WRONG: list[Any] = []
 BITS: dict[str, dict[str, Any]] = {}
 PREPARE: dict[str, Callable[[Any], None]] = {}
+EXACT: dict[str, float] = {}
 
 for module in sorted(found.name for found in iter_modules(__path__)):
     if module != "common":
@@ -24,3 +26,4 @@ for module in sorted(found.name for found in iter_modules(__path__)):
         WRONG += family.WRONG
         BITS |= family.BITS
         PREPARE |= getattr(family, "PREPARE", {})
+        EXACT |= getattr(family, "EXACT", {})
