@@ -51,6 +51,11 @@ class Architecture:
         self.name = gguf.MODEL_ARCH_NAMES[self.arch]
         self.slots = dict(self._slots())
 
+    @classmethod
+    def reads(cls, metadata: dict[str, Any]) -> bool:
+        """Whether a GGUF with this metadata is of this family: several may share one GGUF architecture."""
+        return bool(gguf.MODEL_ARCH_NAMES[cls.arch] == metadata.get("general.architecture"))
+
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         raise NotImplementedError
 
@@ -138,7 +143,7 @@ def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> A
     """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order). DynqError as `for_config`."""
     wanted = metadata.get("general.architecture")
     for family in FAMILIES:
-        if gguf.MODEL_ARCH_NAMES[family.arch] == wanted:
+        if family.reads(metadata):
             return family(_completed(family.config_from_gguf(metadata, tensors)))
     known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in FAMILIES}))
     raise DynqError(f"the GGUF's architecture {wanted!r} is not supported; supported are {known}")

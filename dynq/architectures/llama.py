@@ -1,4 +1,4 @@
-"""Llama, Mistral and Mixtral. llama.cpp's `llama` rotates neighbouring pairs, so the rows of q and k are reordered.
+"""Llama and Mistral. llama.cpp's `llama` rotates neighbouring pairs, so the rows of q and k are reordered.
 
 Mistral's sliding window is not written: llama.cpp's `llama` attends to the whole context.
 """
@@ -15,6 +15,10 @@ class Llama(Decoder):
     model_types = ("llama", "mistral")
     biases = (*ATTENTION, *FEED_FORWARD)  # attention_bias, mlp_bias
     interleaved_rope = True
+
+    @classmethod
+    def reads(cls, metadata: dict[str, Any]) -> bool:
+        return super().reads(metadata) and not metadata.get("llama.expert_count")
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | {
