@@ -44,9 +44,8 @@ def page(notebook: Path, names: list[str]) -> str:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         else:
             cell.source = re.sub(r"\((\d\d_\w+)\.ipynb", r"(\1.html", cell.source)
-    body, _ = HTMLExporter(
-        template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True
-    ).from_notebook_node(document)
+    look = {"exclude_input_prompt": True, "exclude_output_prompt": True, "exclude_anchor_links": True}
+    body, _ = HTMLExporter(template_name="basic", **look).from_notebook_node(document)
     return PAGE.format(
         title=document.cells[0].source.splitlines()[0].lstrip("# "),
         code=HtmlFormatter().get_style_defs(".highlight"),

@@ -7,6 +7,7 @@ tied model it stands under ``token_embd.weight``, because that is the tensor tha
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.fisher import HEAD, Fisher, Recorder, batch_samples, true_fisher_backward
-from dynq.imatrix import Importance, write_imatrix
+from dynq.folder import RunFolder
+from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.progress import progress
+from dynq.text import encode, prompts
+from dynq.torch_model import load_model, load_tokenizer
 
 
 def calibrate(
@@ -64,6 +68,25 @@ def calibrate(
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
+
+
+def importance_to_look_at(
+    checkpoint: Checkpoint, run: str | Path = "", *, chunks: int = 4, n_ctx: int = 128
+) -> Importance:
+    """The importance of a run folder where there is one of this model, else from a few hundred tokens, in seconds.
+
+    Enough to see what importance does, not to encode a file with: the text is the prompts that come with dynq.
+    DynqError: the run's importance matrix is that of another model.
+    """
+    file = RunFolder(run) / "imatrix.gguf"
+    if run and file.is_file():
+        importance = read_imatrix(file)
+        importance.check_model(checkpoint.tensors, str(file))
+        return importance
+    text = "\n\n".join(turn["content"] for conversation in prompts("calibrate") for turn in conversation)
+    tokens = np.array(encode(load_tokenizer(checkpoint), text)[: chunks * n_ctx], np.int32).reshape(chunks, n_ctx)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps an open memory map
+        return calibrate(checkpoint, load_model(checkpoint), tokens, Path(folder), keep=chunks, source="prompts")
 
 
 def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, source: str) -> Importance:

@@ -4,6 +4,8 @@ A view is the last value of a cell, or goes through IPython's `display`. Where n
 (``DYNQ_DISPLAY=static``, or anywidget is not installed) it shows its twin instead: plain HTML, no widget.
 """
 
+from dynq_widgets.block_inspector import BlockInspector
+from dynq_widgets.scale_drag import ScaleDrag
 from dynq_widgets.view import View
 
-__all__ = ["View"]
+__all__ = ["BlockInspector", "ScaleDrag", "View"]
