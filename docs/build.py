@@ -70,7 +70,7 @@ def main() -> None:
     first = []
     for name in (name for name in TEACHING if name in wanted):
         parameters = {key: parameter.default for key, parameter in run.inspect(name).items()}
-        first.append(run.Task(name, "", parameters | ({"run": str(folder.path)} if "run" in parameters else {})))
+        first.append(run.Task(name, "", parameters | ({"run": str(folder.path)} if parameters.get("run") else {})))
     run.execute_each(first, folder)
     for task in [*first, *made]:
         if task.notebook in wanted:

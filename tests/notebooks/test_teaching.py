@@ -83,11 +83,8 @@ def test_fewer_bits_leave_the_original_earlier(executed):
     assert bytes_of == sorted(bytes_of, reverse=True)
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_the_encoder_finds_what_hands_find(executed, calibrated, request):
-    """With the importance of a few hundred tokens, and with a run's."""
-    run = str(request.getfixturevalue("quick_run")[0]) if calibrated else "runs/none"
-    notebook = executed("01_one_block", run=run)
+def test_the_encoder_finds_what_hands_find(executed):
+    notebook = executed("01_one_block")
     weights, scales, fields, worst = tables(notebook)
     assert len(weights) == 32
     row = {row["scale"]: {key: float(value) for key, value in row.items() if key != "scale"} for row in scales}
@@ -105,9 +102,16 @@ def test_the_encoder_finds_what_hands_find(executed, calibrated, request):
     assert sum(float(row["bits per weight"]) for row in fields) == 4.5
 
 
+def test_importance_of_a_run(executed, quick_run):
+    """Another importance, another error; the scales that do not know it stay."""
+    (_, own, *_), (_, other, *_) = (tables(executed("01_one_block", **p)) for p in ({}, {"run": str(quick_run[0])}))
+    assert [row["error, importance off"] for row in own[:3]] == [row["error, importance off"] for row in other[:3]]
+    assert own[0]["error, importance on"] != other[0]["error, importance on"]
+
+
 def test_other_blocks_do_as_told(executed):
     """What "Try this" of 01 promises."""
-    _, scales, *_ = tables(executed("01_one_block", run="runs/none", row=23, block=31))
+    _, scales, *_ = tables(executed("01_one_block", row=23, block=31))
     row = {row["scale"]: {key: float(value) for key, value in row.items() if key != "scale"} for row in scales}
     hand, encoder = row["best of 401, importance off"], row["the encoder, importance off"]
     assert hand["error, importance off"] < encoder["error, importance off"] and hand["d"] * encoder["d"] < 0
