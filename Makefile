@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lab format clean
+.PHONY: demo test check lab docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ check: .venv/installed
 
 lab: .venv/installed
 	$(BIN)/jupyter lab notebooks
+
+docs: .venv/installed
+	$(BIN)/python docs/build.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix dynq widgets tests

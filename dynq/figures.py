@@ -58,10 +58,13 @@ class Picture:
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
-    """Rows of a table as HTML; columns are the keys of the first row. Numbers stand right, floats with four digits."""
+    """Rows of a table as HTML; columns are the keys of the first row.
+
+    Numbers stand right, floats with four digits; words stand left, whatever the page's own style says.
+    """
     if not rows:
         return f"<p>{escape(caption)}: nothing to show</p>"
-    head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
+    head = "".join(f"<th{_side(rows[0][key])}>{escape(str(key))}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(_cell(row[key]) for key in rows[0]) + "</tr>" for row in rows)
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -70,10 +73,14 @@ def html_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "<td></td>"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"<td>{escape(str(value))}</td>"
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return f'<td style="text-align:right">{shown}</td>'
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    shown = escape(str(value)) if not number else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"<td{_side(value)}>{shown}</td>"
+
+
+def _side(value: Any) -> str:
+    words = isinstance(value, (bool, str))
+    return "" if value is None else f' style="text-align:{"left" if words else "right"}"'
 
 
 def _layout(figure: go.Figure, title: str, height: int = 420, **more: Any) -> go.Figure:

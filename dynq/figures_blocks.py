@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from dynq import formats
 from dynq.blocks import Block, ByHand, FormatError
-from dynq.figures import BLACK, BLUE, GREEN, ORANGE, PINK, Picture, _layout, html_table
+from dynq.figures import _NATS, BLACK, BLUE, GREEN, ORANGE, PINK, Picture, _layout, html_table
 from dynq.layout import layout
 from dynq.svg_blocks import bits_text, draw_layout
 
@@ -61,7 +61,7 @@ def scale_curve(hand: ByHand) -> Picture:
         ]
     rows.insert(0, _scale_row(hand, "largest weight to the end of the levels", hand.full_range))
     _layout(figure, f"One block of {hand.format}: the error of each scale")
-    figure.update_xaxes(title="scale d").update_yaxes(title="weighted error of the block", type="log", tickformat=".0e")
+    figure.update_xaxes(title="scale d").update_yaxes(title="error of the block", **_NATS)
     return Picture(figure, html_table(rows, "The same scales with importance counted as 1 (off) and as it is (on)"))
 
 
@@ -86,7 +86,7 @@ def bits_against_error(found: Sequence[FormatError], title: str = "") -> Picture
         x=[one.bpw for one in best],
         y=[one.error for one in best],
         mode="lines",
-        name="no format is better with fewer bits",
+        name="less error takes more bits",
         line={"color": "#999999", "width": 1},
     )
     for name, (colour, mark) in FAMILIES.items():
@@ -94,22 +94,30 @@ def bits_against_error(found: Sequence[FormatError], title: str = "") -> Picture
         figure.add_scatter(
             x=[one.bpw for one in own],
             y=[one.error for one in own],
-            text=[one.format for one in own],
-            textposition="top right",
+            text=[one.format if one in best else _label(one, found, best) for one in own],
+            hovertext=[one.format for one in own],
+            textposition=["bottom left" if one in best else "top right" for one in own],
             textfont={"size": 10},
             mode="markers+text",
             name=name,
             marker={"color": colour, "symbol": mark, "size": 9},
         )
-    _layout(figure, title or "All formats on one tensor", 520)
+    _layout(figure, title or "All formats on one tensor", 520, legend={"x": 0.98, "xanchor": "right", "y": 0.98})
     figure.update_xaxes(title="bits per weight")
-    figure.update_yaxes(title="weighted error / that of zeros", type="log", tickformat="~g")
+    figure.update_yaxes(title="weighted error / that of zeros", **_NATS)
     rows = [
         {"format": one.format, "bits per weight": one.bpw, "family": family(one.format), "relative error": one.error}
         | {"on the line": "yes" if one in best else ""}
         for one in found
     ]
     return Picture(figure, html_table(rows, "The error of zeros is 1"))
+
+
+def _label(one: FormatError, found: Sequence[FormatError], best: Sequence[FormatError]) -> str:
+    """The names of all formats above the line that lie on one spot, at the uppermost of them."""
+    near = [o for o in found if o not in best and o.bpw == one.bpw and 0.6 < o.error / one.error < 1.6]
+    near.sort(key=lambda o: -o.error)
+    return "<br>".join(o.format for o in near) if near[0] is one else ""
 
 
 def importance_gain(found: Sequence[FormatError]) -> Picture:
@@ -162,7 +170,7 @@ def kinds(fmt: str) -> list[dict[str, Any]]:
 
 
 def weight_rows(block: Block, weights: Sequence[int]) -> list[dict[str, object]]:
-    """A line for each of some weights of a block: before, after, and the bits that it is made from."""
+    """A line for each of some weights of a block: before, after, and its bits, without those of the whole block."""
     drawn, rows = layout(block.format), []
     for i in weights:
         row: dict[str, object] = {"weight": i}
@@ -172,9 +180,18 @@ def weight_rows(block: Block, weights: Sequence[int]) -> list[dict[str, object]]
         if block.importance is not None:
             row["importance"] = float(block.importance[i])
         for field in drawn.of_weight(i):
+            if len(field.weights) == len(block.decoded):
+                continue
             row[field.kind] = f"{bits_text(field, block.data)} = {drawn.number(field, block.data):.4g}"
         rows.append(row)
     return rows
+
+
+def shared(block: Block) -> str:
+    """What all weights of a block share, in words: "d = 0.0003, dmin = 0.0027"."""
+    drawn = layout(block.format)
+    own = [field for field in drawn.fields if len(field.weights) == len(block.decoded)]
+    return ", ".join(f"{field.kind} = {drawn.number(field, block.data):.4g}" for field in own)
 
 
 def worst(block: Block, count: int = 8) -> list[int]:

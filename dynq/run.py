@@ -201,6 +201,13 @@ def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None =
     stream: where headings and progress bars go, by default the standard error. DynqError raised in a notebook comes
     out as itself.
     """
+    execute_each(tasks, folder, stream=stream)
+    result: dict[str, Any] = folder.read_json("evaluation.json")
+    return result
+
+
+def execute_each(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> None:
+    """Run any notebooks into ``notebooks/`` of the run folder, as `execute` does."""
     stream = stream or sys.stderr
     bars = stream if stream.isatty() else LineStream(stream)
     with folder.lock():
@@ -210,8 +217,6 @@ def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None =
             stream.flush()
             _execute(task, folder, bars)
             stream.write(f"  {time.monotonic() - started:.0f} s\n")
-    result: dict[str, Any] = folder.read_json("evaluation.json")
-    return result
 
 
 def _execute(task: Task, folder: RunFolder, bars: Any) -> None:

@@ -60,7 +60,7 @@ def test_table_escapes_and_aligns():
     page = figures.html_table([{"a<b": "<script>", "n": 1234567, "x": 0.123456, "none": None, "yes": True}], "t & t")
     assert "<script>" not in page and "&lt;script&gt;" in page and "a&lt;b" in page and "t &amp; t" in page
     assert '<td style="text-align:right">1,234,567</td>' in page and ">0.1235<" in page
-    assert "<td></td>" in page and "<td>True</td>" in page
+    assert "<td></td>" in page and '<td style="text-align:left">True</td>' in page
     assert "nothing to show" in figures.html_table([], "x")
 
 

@@ -7,7 +7,7 @@ from traitlets import Dict
 from dynq.blocks import Block, Blocks
 from dynq.errors import DynqError
 from dynq.figures import html_table
-from dynq.figures_blocks import kinds, weight_rows, worst
+from dynq.figures_blocks import kinds, shared, weight_rows, worst
 from dynq.layout import layout
 from dynq.svg_blocks import bits_text, draw
 from dynq_widgets.view import View, source
@@ -84,14 +84,15 @@ class BlockInspector(View):
     def _title(self) -> str:
         block = self.block
         size = f"{len(block.data)} bytes for {len(block.decoded)} weights"
-        if block.error is None:
+        if block.relative_error is None:
             return f"{size}; the original is not known"
         weighed = "" if block.importance is None else "weighted "
-        return f"{size}; {weighed}error {block.error:.3g}, {100 * (block.relative_error or 0):.2g} % of that of zeros"
+        return f"{size}; {weighed}error {100 * block.relative_error:.2g} % of that of zeros"
 
     def twin(self) -> str:
         block = self.block
         caption = f"{block.tensor}, row {block.row}, block {block.index}, {block.format}: {self._title()}"
         tables = html_table(kinds(block.format), caption)
-        first = "The first weights" if block.original is None else "The weights with the largest errors, bit by bit"
-        return draw(block).svg + tables + html_table(weight_rows(block, worst(block)), first)
+        which = "The first weights" if block.original is None else "The weights with the largest errors"
+        rows = html_table(weight_rows(block, worst(block)), ", ".join(filter(None, (which, shared(block)))))
+        return draw(block).svg + tables + rows
