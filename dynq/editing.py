@@ -24,6 +24,11 @@ class State:
     formats: dict[str, str]
     pinned: frozenset[str] = frozenset()
 
+    @property
+    def pins(self) -> dict[str, str]:
+        """The pinned tensors and their formats."""
+        return {name: fmt for name, fmt in self.formats.items() if name in self.pinned}
+
 
 class Totals(NamedTuple):
     """used, budget: bytes, of the whole file or of tensor data as the target is; kld: predicted, nats per token."""
@@ -133,8 +138,7 @@ class Draft:
     def recipe(self) -> Recipe:
         """The draft as a recipe; its pins stand in the allocation's."""
         state = self.state
-        pins = {name: state.formats[name] for name in state.formats if name in state.pinned}
-        return replace(state.problem, pins=state.problem.pins | pins).recipe(state.formats, self.provenance)
+        return replace(state.problem, pins=state.problem.pins | state.pins).recipe(state.formats, self.provenance)
 
     # --- what a person does -------------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class Draft:
         self._change(replace(self.state, formats=self.state.formats | dict(taken), pinned=pinned))
 
     def _solve(self, problem: Problem, continues: bool = False, moving: bool = False) -> None:
-        pinned = {name: fmt for name, fmt in self.state.formats.items() if name in self.state.pinned}
+        pinned = self.state.pins
         inside = problem.pinned(pinned)
         try:
             taken = inside.resized(problem.target, problem.budget).solve(exact=not moving)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
 _SCALE = "Cividis"
 # ticks that say the whole number: plotly's own leave "5" for 0.5
-_NATS = {"type": "log", "tickvals": [m * 10.0**e for e in range(-9, 2) for m in (1, 2, 5)], "tickformat": "~g"}
+NATS = {"type": "log", "tickvals": [m * 10.0**e for e in range(-9, 2) for m in (1, 2, 5)], "tickformat": "~g"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _side(value: Any) -> str:
     return "" if value is None else f' style="text-align:{"left" if words else "right"}"'
 
 
-def _layout(figure: go.Figure, title: str, height: int = 420, **more: Any) -> go.Figure:
+def styled(figure: go.Figure, title: str, height: int = 420, **more: Any) -> go.Figure:
     return figure.update_layout(
         title=title, height=height, width=860, margin={"l": 70, "r": 30, "t": 60, "b": 60}, template="plotly_white"
     ).update_layout(**more)
@@ -118,7 +118,7 @@ def importance_map(
     figure = go.Figure(
         go.Heatmap(z=[list(map(float, row)) for row in rows], y=layers, colorscale=_SCALE, colorbar={"title": "log10"})
     )
-    _layout(figure, f"Importance of the channels that {kind} reads, over the layer's mean", 380)
+    styled(figure, f"Importance of the channels that {kind} reads, over the layer's mean", 380)
     figure.update_xaxes(title="input channel").update_yaxes(title="layer", type="category")
     table = [
         {
@@ -146,7 +146,7 @@ def sensitivity_map(table: "pyarrow.Table") -> Picture:
         for name in names
     ]
     figure = go.Figure(go.Heatmap(z=logs, x=found, y=names, colorscale=_SCALE, colorbar={"title": "log10 nats"}))
-    _layout(
+    styled(
         figure,
         "Predicted KL divergence, one tensor in one format",
         220 + 8 * len(names),
@@ -180,8 +180,8 @@ def prediction_scatter(table: "pyarrow.Table", agreement: Mapping[str, Any]) -> 
         ends = [f(row[key] for row in rows for key in ("measured_kld", "predicted_kld")) for f in (min, max)]
         figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": BLACK, "dash": "dot", "width": 1})
     ranks = ", ".join(f"{fmt} {rho:.2f}" for fmt, rho in agreement["rank"].items() if rho is not None)
-    _layout(figure, "Predicted and measured KLD of single swaps" + (f" (rank correlation {ranks})" if ranks else ""))
-    figure.update_xaxes(title="measured, nats", **_NATS).update_yaxes(title="predicted, nats", **_NATS)
+    styled(figure, "Predicted and measured KLD of single swaps" + (f" (rank correlation {ranks})" if ranks else ""))
+    figure.update_xaxes(title="measured, nats", **NATS).update_yaxes(title="predicted, nats", **NATS)
     lines = [
         {
             "tensor": row["tensor"],
@@ -226,7 +226,7 @@ def recipe_grid(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]", mix: Mapp
             ygap=1,
         )
     )
-    _layout(figure, f"Recipe for {recipe.target}: {recipe.bpw:.3f} bpw", 220 + 22 * len(layers))
+    styled(figure, f"Recipe for {recipe.target}: {recipe.bpw:.3f} bpw", 220 + 22 * len(layers))
     figure.update_yaxes(autorange="reversed", title="layer", type="category")
     lines = []
     for kind in kinds:
@@ -272,7 +272,7 @@ def search_steps(lines: Sequence[Mapping[str, Any]]) -> Picture:
     )
     figure.data[0].name = "accepted"
     tried = len(lines) - 1
-    _layout(figure, f"{len(steps) - 1} of {tried} proposals accepted, step {best} taken", 340)
+    styled(figure, f"{len(steps) - 1} of {tried} proposals accepted, step {best} taken", 340)
     figure.update_xaxes(title="step", dtick=1).update_yaxes(title="mean KLD, held-out chunks, nats")
     table = [
         {"step": 0, "changes": "start", "bytes": steps[0]["bytes"], "expected": None, "KLD change": None, "t": None}
@@ -319,7 +319,7 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
             line={"width": 1},
             fillcolor="rgba(0,0,0,0)",
         )
-    _layout(figure, "Output error with feedback, on text kept aside", showlegend=False)
+    styled(figure, "Output error with feedback, on text kept aside", showlegend=False)
     figure.add_hline(y=1, line={"color": BLACK, "dash": "dot", "width": 1})
     figure.update_yaxes(title="squared error / that of plain", range=[0, 1.05])
     rows = [
@@ -345,7 +345,7 @@ def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Pi
         own = [name for name in size if tensors[name].kind == kind]
         totals = [sum(size[name] for name in own if recipe.formats[name] == fmt) / 1e6 for fmt in found]
         figure.add_bar(x=found, y=totals, name=kind)
-    _layout(figure, f"What the {recipe.tensor_bytes:,} bytes of tensor data are", barmode="stack")
+    styled(figure, f"What the {recipe.tensor_bytes:,} bytes of tensor data are", barmode="stack")
     figure.update_yaxes(title="MB (10^6 bytes)")
     lines = []
     for fmt in found:
@@ -394,11 +394,11 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
             },
             line={"color": colour, "width": 1.5},
         )
-    _layout(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
+    styled(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
     sizes = [entry["tensor_bytes"] / unit for entry in evaluation["files"]] or [0.0, 1.0]
     room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
     figure.update_xaxes(title=f"tensor data, {name_of_unit}", range=[min(sizes) - room, max(sizes) + room])
-    figure.update_yaxes(title="mean KLD, nats per token (less is better)", **_NATS)
+    figure.update_yaxes(title="mean KLD, nats per token (less is better)", **NATS)
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
 
 
@@ -431,9 +431,9 @@ def layer_costs(evaluation: Mapping[str, Any]) -> Picture:
             marker={"color": colour, "size": 8},
             line={"color": colour, "width": 1.5},
         )
-    _layout(figure, "What a layer in full precision would save")
+    styled(figure, "What a layer in full precision would save")
     figure.update_xaxes(title="layer", range=[-1.5, last + 2.5])
-    figure.update_yaxes(title="less mean KLD, nats per token", **_NATS)
+    figure.update_yaxes(title="less mean KLD, nats per token", **NATS)
     return Picture(figure, "".join(tables))
 
 
@@ -470,7 +470,7 @@ def gains_and_losses(pair: "Sequence[Encoded]") -> Picture:
                 "same greedy answers": f"{encoded.answers.identical} of {encoded.answers.n}",
             }
         )
-    _layout(figure, "The token that follows: gained and lost", legend={"x": 0.98, "xanchor": "right", "y": 0.98})
+    styled(figure, "The token that follows: gained and lost", legend={"x": 0.98, "xanchor": "right", "y": 0.98})
     figure.update_xaxes(title="ln q - ln p, nats (losses left of 0, gains right of it)", zerolinecolor=BLACK)
     figure.update_yaxes(title="share of the tokens, %")
     return Picture(figure, html_table(lines, "Gains and losses, mean over all tokens, and what they add up to"))

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from dynq import formats
 from dynq.blocks import Block, ByHand, FormatError
-from dynq.figures import _NATS, BLACK, BLUE, GREEN, ORANGE, PINK, Picture, _layout, html_table
+from dynq.figures import BLACK, BLUE, GREEN, NATS, ORANGE, PINK, Picture, html_table, styled
 from dynq.layout import layout
 from dynq.svg_blocks import bits_text, draw_layout
 
@@ -60,8 +60,8 @@ def scale_curve(hand: ByHand) -> Picture:
             _scale_row(hand, f"the encoder, importance {which}", scale),
         ]
     rows.insert(0, _scale_row(hand, "largest weight to the end of the levels", hand.full_range))
-    _layout(figure, f"One block of {hand.format}: the error of each scale")
-    figure.update_xaxes(title="scale d").update_yaxes(title="error of the block", **_NATS)
+    styled(figure, f"One block of {hand.format}: the error of each scale")
+    figure.update_xaxes(title="scale d").update_yaxes(title="error of the block", **NATS)
     return Picture(figure, html_table(rows, "The same scales with importance counted as 1 (off) and as it is (on)"))
 
 
@@ -102,9 +102,9 @@ def bits_against_error(found: Sequence[FormatError], title: str = "") -> Picture
             name=name,
             marker={"color": colour, "symbol": mark, "size": 9},
         )
-    _layout(figure, title or "All formats on one tensor", 520, legend={"x": 0.98, "xanchor": "right", "y": 0.98})
+    styled(figure, title or "All formats on one tensor", 520, legend={"x": 0.98, "xanchor": "right", "y": 0.98})
     figure.update_xaxes(title="bits per weight")
-    figure.update_yaxes(title="weighted error / that of zeros", **_NATS)
+    figure.update_yaxes(title="weighted error / that of zeros", **NATS)
     rows = [
         {"format": one.format, "bits per weight": one.bpw, "family": family(one.format), "relative error": one.error}
         | {"on the line": "yes" if one in best else ""}
@@ -131,7 +131,7 @@ def importance_gain(found: Sequence[FormatError]) -> Picture:
             name=name,
             marker_color=colour,
         )
-    _layout(figure, "What not knowing the importance costs")
+    styled(figure, "What not knowing the importance costs")
     figure.update_xaxes(categoryorder="array", categoryarray=[one.format for one in found], tickangle=-50)
     figure.update_yaxes(title="more weighted error, %")
     rows = [
@@ -215,6 +215,6 @@ def answers_kept(sizes: Sequence[Mapping[str, Any]]) -> Picture:
     names = [f"{row['format']}<br>{row['MB (10^6 bytes)']:.1f} MB" for row in sizes]
     kept = [int(row["tokens before they part"].partition(" ")[0]) for row in sizes]
     figure = go.Figure(go.Bar(x=names, y=kept, text=kept, marker_color=[BLACK, *[BLUE] * (len(sizes) - 1)]))
-    _layout(figure, "Tokens before the answers part from the original's", 340)
+    styled(figure, "Tokens before the answers part from the original's", 340)
     figure.update_yaxes(title="tokens, over all answers").update_xaxes(type="category")
     return Picture(figure, html_table(sizes, "The model with all its matrices in one format"))

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from dynq import formats
-from dynq.figures import _NATS, BLUE, GREEN, ORANGE, Picture, _layout, html_table
+from dynq.figures import BLUE, GREEN, NATS, ORANGE, Picture, html_table, styled
 
 if TYPE_CHECKING:
     from dynq.editing import Draft
@@ -63,26 +63,23 @@ def predicted_frontier(draft: "Draft") -> Picture:
         name=totals.target,
         marker={"color": GREEN, "size": 14, "symbol": "star"},
     )
-    _layout(figure, "Predicted divergence at a size", 460)
+    styled(figure, "Predicted divergence at a size", 460)
     figure.update_xaxes(title="tensor data, MB (10^6 bytes)")
-    figure.update_yaxes(title="predicted KLD, nats per token", **_NATS)
-    rows: list[dict[str, Any]] = [_row(f"draft for {totals.target}", totals.tensor_bytes, totals.kld, draft)]
-    rows += [_row(mix.name, mix.tensor_bytes, mix.kld, draft) for mix in draft.budget.mixes]
+    figure.update_yaxes(title="predicted KLD, nats per token", **NATS)
+    sizes: list[tuple[str, int, float | None]] = [(f"draft for {totals.target}", totals.tensor_bytes, totals.kld)]
+    sizes += [(mix.name, mix.tensor_bytes, mix.kld) for mix in draft.budget.mixes]
+    rows: list[dict[str, Any]] = [
+        {
+            "recipe": name,
+            "tensor bytes": size,
+            "bpw": 8 * size / draft.budget.n_weights,
+            "predicted KLD": kld,
+            "the best of this size": float(np.interp(size, line.tensor_bytes, line.kld)),
+        }
+        for name, size, kld in sizes
+    ]
     rows.sort(key=lambda row: row["tensor bytes"])
     return Picture(figure, html_table(rows, "Predicted KLD in nats per token"))
-
-
-def _row(name: str, size: int, kld: float | None, draft: "Draft") -> dict[str, Any]:
-    best = draft.budget.frontier()
-    at_this_size = float(np.interp(size, best.tensor_bytes, best.kld))
-    bpw = 8 * size / draft.budget.n_weights
-    return {
-        "recipe": name,
-        "tensor bytes": size,
-        "bpw": bpw,
-        "predicted KLD": kld,
-        "the best of this size": at_this_size,
-    }
 
 
 def layer_formats(draft: "Draft") -> Picture:
@@ -95,7 +92,7 @@ def layer_formats(draft: "Draft") -> Picture:
     for fmt in names:
         parts = [100 * own.get(fmt, 0.0) for own in shares.values()]
         figure.add_bar(x=layers, y=parts, name=fmt, marker={"color": colours[fmt][0]})
-    _layout(figure, "Formats in each layer", barmode="stack")
+    styled(figure, "Formats in each layer", barmode="stack")
     figure.update_xaxes(title="layer", type="category").update_yaxes(title="part of the weights, %")
     rows = [
         {"layer": layer} | {fmt: 100 * own[fmt] if fmt in own else None for fmt in names}

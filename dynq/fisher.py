@@ -122,8 +122,7 @@ def batch_samples(
     DynqError: a quantizable tensor was not used.
     """
     out: dict[str, torch.Tensor] = {}
-    for unit in recorder.units:
-        recorder.use(unit)
+    recorder.check_used()
     groups = _groups(recorder)
     for first, units in groups.items():
         uses = {unit: recorder.use(unit) for unit in units}

@@ -78,15 +78,19 @@ class Recorder(TorchFunctionMode):
         """The units that were used since `clear`, in the order of first use."""
         return list(self._pieces)
 
+    def check_used(self) -> None:
+        """DynqError, naming it, if a unit was not used since `clear`."""
+        for unit in self.units:
+            if unit not in self._pieces:
+                raise DynqError(f"{unit}: the model multiplies nothing by it, calibration has no rule for it")
+
     def shares(self, unit: str) -> int:
         """A number that is the same for units that read the same input."""
         pieces = self._pieces[unit]
         return pieces.x[0].data_ptr() if len(pieces.x) == 1 and not pieces.expert else id(pieces)
 
     def use(self, unit: str) -> Use:
-        """What a unit multiplied since `clear`. DynqError if it was not used."""
-        if unit not in self._pieces:
-            raise DynqError(f"{unit}: the model multiplies nothing by it, calibration has no rule for it")
+        """What a unit multiplied since `clear`, which is among `used`."""
         pieces = self._pieces[unit]
         x = torch.cat(pieces.x) if len(pieces.x) > 1 else pieces.x[0]
         g = None

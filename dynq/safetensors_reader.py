@@ -201,22 +201,19 @@ def _unpacked(found: dict[str, _Stored], quantization: dict[str, Any] | None, pa
 class Directory:
     """The tensors that the safetensors files of a directory hold, by GGUF name.
 
-    shapes, dtypes: GGUF name -> shape in NumPy order, stored type; only tensors that are there. left_out: checkpoint
-    names that no GGUF of a text model has a place for (vision towers).
+    shapes, dtypes: GGUF name -> shape in NumPy order, stored type; only tensors that are there. What no GGUF of a text
+    model has a place for (vision towers) is left out.
 
     DynqError: a file is damaged, a tensor has a type that is not read or no place in the architecture.
     """
 
     def __init__(self, architecture: Architecture, path: Path, shards: Iterable[Path]):
         self._slots = architecture.slots
-        self.left_out: list[str] = []
         found: dict[str, _Stored] = {}
         for shard in shards:
             for item in _header(shard):
                 name = architecture.transformers_name(item.name)
-                if name is None:
-                    self.left_out.append(item.name)
-                else:
+                if name is not None:
                     found[name] = item
         self._found = _unpacked(found, architecture.config.get("quantization_config"), path)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -229,7 +226,7 @@ class Directory:
                 continue  # some checkpoints store the tied head twice
             if all(part in self._found for part in names):
                 first = self._found[names[0]]
-                whole = names == [slot.parameter]
+                whole = slot.parameter in self._found
                 self.shapes[name] = slot.shape(first.shape) if whole else (len(names), *first.shape)
                 self.dtypes[name] = first.dtype
         if strange := [name for name in self._found if name not in used]:
@@ -245,16 +242,18 @@ class Directory:
     def read(self, name: str) -> np.ndarray:
         """One tensor, float32, in GGUF's layout. DynqError if it holds NaN or infinity."""
         slot = self._slots[name]
-        items = [self._found[part] for part in self._names(slot)]
-        if len(items) == 1 and not (slot.stored and slot.parts == 1 and slot.parameter not in self._found):
-            array = items[0].load()
-            check_finite(array, f"{items[0].where} ({name})")
-            return slot.take(array)
-        out = np.empty((len(items), *items[0].shape), np.float32)
-        for i, item in enumerate(items):
-            out[i] = item.load()
-            check_finite(out[i], f"{item.where} ({name})")
+        if slot.parameter in self._found:
+            return slot.take(self._load(slot.parameter, name))
+        out = np.empty(self.shapes[name], np.float32)
+        for i, part in enumerate(self._names(slot)):
+            out[i] = self._load(part, name)
         return out
+
+    def _load(self, part: str, name: str) -> np.ndarray:
+        item = self._found[part]
+        array = item.load()
+        check_finite(array, f"{item.where} ({name})")
+        return array
 
 
 def check_finite(array: np.ndarray, where: str) -> None:

@@ -182,8 +182,9 @@ class _Blocks:
 
     @property
     def weights(self) -> torch.Tensor:
-        """What the model holds for this tensor, in GGUF's order: the parameter itself where that is the same."""
-        return self.slot.gather(self.parameter.detach())
+        """What the model holds for this tensor, as GGUF has it: the parameter itself where that is the same."""
+        values = self.slot.gather(self.parameter.detach())
+        return values + self.slot.plus if self.slot.plus else values
 
     def _offsets(self) -> torch.Tensor:
         """What dmin adds to the weights of each group: float32 [rows, blocks, groups of a block]."""
@@ -208,7 +209,7 @@ class _Blocks:
     def take(self, gradient: Any) -> None:
         """dL/dm from the parameter's gradient: w = a u + b v, and v is known group by group."""
         gradient, a = self.slot.gather(gradient), self.now[0]
-        total = torch.linalg.vecdot(self._blocks(gradient), self._blocks(self.weights + self.slot.plus))
+        total = torch.linalg.vecdot(self._blocks(gradient), self._blocks(self.weights))
         if self.offsets is not None:
             lower = (self._groups(gradient, self.offsets).sum(-1) * self.offsets).sum(-1)
             self.m.grad[1] += lower
@@ -219,8 +220,7 @@ class _Blocks:
     def move(self, m: torch.Tensor) -> None:
         """Bring the parameter to these multipliers."""
         ratio = m[0] / self.now[0]
-        weights = self.weights
-        weights = self._blocks(weights + self.slot.plus if self.slot.plus else weights).mul_(ratio[..., None])
+        weights = self._blocks(self.weights).mul_(ratio[..., None])
         if self.offsets is not None:
             more = self.offsets * (m[1] - self.now[1] * ratio)[..., None]
             self._groups(weights, self.offsets).add_(more[..., None])
@@ -269,7 +269,7 @@ class _Search:
         for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
             slot, vector = checkpoint.architecture.slot_of(name), len(checkpoint.tensors[name].shape) == 1
             parameter = parameters.get(slot.parameter)
-            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and vector and not slot.negative_exp)):
+            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and vector)):
                 size = rate * errors.get(name, mean)
                 self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
         self.hooks = [

@@ -40,7 +40,6 @@ class Architecture:
     arch: ClassVar[gguf.MODEL_ARCH]
     model_types: ClassVar[tuple[str, ...]]  # config.json's model_type; the first is written for a GGUF
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement): checkpoint names -> transformers'
-    left_out: ClassVar[str] = r"(?!)"  # pattern of checkpoint tensors that are not used
 
     def __init_subclass__(cls) -> None:
         if "arch" in cls.__dict__:
@@ -88,7 +87,7 @@ class Architecture:
         name = _TEXT_PREFIX.sub("model.", stored).removeprefix("language_model.")
         for pattern, replacement in self.renamed:
             name = re.sub(pattern, replacement, name)
-        return None if _LEFT_OUT.search(name) or re.search(self.left_out, name) else name
+        return None if _LEFT_OUT.search(name) else name
 
     def to_torch(self, name: str, values: np.ndarray) -> np.ndarray:
         """The values that a GGUF tensor's slot takes: others only where transformers computes them otherwise."""

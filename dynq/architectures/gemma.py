@@ -19,7 +19,6 @@ class _Gemma(Decoder):
     activations = ("gelu_pytorch_tanh",)
     norm_plus = 1.0
     rope_types = ("default", "linear")
-    optional_keys = Decoder.optional_keys | {"final_logit_softcapping"}
     every: ClassVar[int]  # one in so many layers sees all, where a GGUF does not say
     widest: ClassVar[int]  # layers of the model whose queries are scaled by the width over the heads
 

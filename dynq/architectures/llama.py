@@ -3,7 +3,7 @@
 Mistral's sliding window is not written: llama.cpp's `llama` attends to the whole context.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 
@@ -12,7 +12,7 @@ from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, Decoder
 
 class Llama(Decoder):
     arch = gguf.MODEL_ARCH.LLAMA
-    model_types = ("llama", "mistral")
+    model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral")
     biases = (*ATTENTION, *FEED_FORWARD)  # attention_bias, mlp_bias
     interleaved_rope = True
 
@@ -21,10 +21,7 @@ class Llama(Decoder):
         return super().reads(metadata) and not metadata.get("llama.expert_count")
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {
-            "llama.vocab_size": self.config["vocab_size"],
-            "llama.rope.dimension_count": self.head_dim,
-        }
+        return super().metadata() | sizes(self)
 
     @classmethod
     def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -32,3 +29,11 @@ class Llama(Decoder):
             "attention_bias": "blk.0.attn_q.bias" in tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         }
+
+
+def sizes(model: Decoder) -> dict[str, Any]:
+    """Keys that Llama and its relatives have besides a decoder's."""
+    return {
+        f"{model.name}.vocab_size": model.config["vocab_size"],
+        f"{model.name}.rope.dimension_count": model.head_dim,
+    }

@@ -5,6 +5,7 @@ from typing import Any
 import gguf
 
 from dynq.architectures.decoder import Decoder, Routed
+from dynq.architectures.llama import sizes
 
 
 class Mixtral(Routed):
@@ -20,7 +21,4 @@ class Mixtral(Routed):
         return super().reads(metadata) and bool(metadata.get("llama.expert_count"))
 
     def metadata(self) -> dict[str, Any]:
-        return super().metadata() | {
-            "llama.vocab_size": self.config["vocab_size"],
-            "llama.rope.dimension_count": self.head_dim,
-        }
+        return super().metadata() | sizes(self)

@@ -50,9 +50,7 @@ class Slot:
     parameter: transformers' parameter or buffer.
     view: of the parameter; its values, in C order, are those of the GGUF tensor.
     merge: so many leading axes of the view are one in GGUF.
-    order: the rows (first axis) of the view in GGUF's order, where no view can give it.
     plus: what GGUF adds to the values: 1 for norms that transformers keeps as w - 1.
-    negative_exp: GGUF holds minus the exponential of the values.
     stored, parts: how checkpoints name the matrices that are stacked, "{}" standing for the number, and how many there
         are: experts that are saved apart. A checkpoint may hold the whole parameter instead.
     """
@@ -60,9 +58,7 @@ class Slot:
     parameter: str
     view: View = whole
     merge: int = 0
-    order: np.ndarray | None = None
     plus: float = 0.0
-    negative_exp: bool = False
     stored: str = ""
     parts: int = 0
 
@@ -74,7 +70,7 @@ class Slot:
     @property
     def same(self) -> bool:
         """Whether GGUF holds the parameter as it is."""
-        return self.view is whole and self.order is None and not self.plus and not self.negative_exp
+        return self.view is whole and not self.plus
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The GGUF tensor's shape for a parameter of this shape."""
@@ -85,31 +81,21 @@ class Slot:
 
         A copy, unless both agree.
         """
-        values = self._merged(self.view(parameter))
-        return values if self.order is None else values[self.order]
+        return self._merged(self.view(parameter))
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """The GGUF tensor's values from the parameter's: C-contiguous."""
         values = np.ascontiguousarray(self.gather(parameter))
-        if self.negative_exp:
-            return -np.exp(values)
         return values + np.float32(self.plus) if self.plus else values
 
     def put(self, parameter: Any, values: Any) -> None:
         """Write the GGUF tensor's values into the parameter in place (NumPy arrays or torch tensors, both alike)."""
-        if self.negative_exp:
-            values = np.log(-values)
-        elif self.plus:
-            values = values - self.plus
-        self.scatter(parameter, values)
+        self.scatter(parameter, values - self.plus if self.plus else values)
 
     def scatter(self, parameter: Any, values: Any) -> None:
         """The inverse of `gather`, in place: also for differences of values."""
         target = self.view(parameter)
-        if self.order is None:
-            target[...] = values.reshape(tuple(target.shape))
-        else:
-            target[self.order] = values
+        target[...] = values.reshape(tuple(target.shape))
 
     def _merged(self, values: Any) -> Any:
         return values.reshape(-1, *values.shape[self.merge :]) if self.merge else values

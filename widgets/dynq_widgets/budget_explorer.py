@@ -63,8 +63,7 @@ class BudgetExplorer(View):
 
     def _draw_frontier(self) -> None:
         """What is pinned holds at every size, so the frontier moves with the pins, and only with them."""
-        state = self.draft.state
-        pinned = {name: fmt for name, fmt in state.formats.items() if name in state.pinned}
+        pinned = self.draft.state.pins
         if pinned == self._pinned:
             return
         self._pinned = pinned
