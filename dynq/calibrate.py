@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from dynq.architectures.slot import Slot
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.files import replacing
@@ -109,7 +108,7 @@ def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, sour
             continue  # an embedding has no inputs; llama-imatrix leaves it out too
         if name != HEAD:
             unit = fisher.unit[name]
-            columns = _columns(checkpoint.architecture.slot_of(name), fisher.shapes[unit], unit in fisher.flipped)
+            columns = checkpoint.architecture.slot_of(name).columns(fisher.shapes[unit], unit in fisher.flipped)
             if columns is None:
                 continue
             found = found[0][:, columns], found[1]
@@ -121,15 +120,3 @@ def _importance(checkpoint: Checkpoint, fisher: Fisher, tokens: np.ndarray, sour
         chunk_count=len(tokens),
         chunk_size=tokens.shape[1],
     )
-
-
-def _columns(slot: Slot, shape: tuple[int, ...], flipped: bool) -> np.ndarray | None:
-    """Which input each column of a GGUF tensor multiplies; None where its rows do not run along the inputs.
-
-    (The k part of DeepSeek's kv_b is kept transposed: its inputs are queries, which no layer of transformers reads.)
-    """
-    axis = len(shape) - (2 if flipped else 1)
-    inputs = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    rows = slot.gather(np.broadcast_to(inputs, shape))
-    first = np.array(rows.reshape(-1, rows.shape[-1])[0])
-    return first if len(first) == shape[axis] and len(np.unique(first)) == len(first) else None
