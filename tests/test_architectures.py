@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from families import BITS, EXACT, MODELS, WRONG
+from families import BITS, EXACT, MODELS, REFUSED, WRONG
 from families.common import Wrong
 
 from dynq import architectures, libllama
@@ -99,7 +100,10 @@ def altered(right: Checkpoint, wrong: Wrong) -> Checkpoint:
 @pytest.mark.parametrize("wrong", WRONG, ids=[f"{w.model}: {w.what}" for w in WRONG])
 def test_wrong_export_is_seen(wrong: Wrong, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     right = tiny(wrong.model)
-    difference, _ = compare(right, write(altered(right, wrong), tmp_path / "wrong.gguf", "F16"))
+    path = write(altered(right, wrong), tmp_path / "wrong.gguf", "F16")
+    right = copy(right)
+    right.config = right.config | wrong.config
+    difference, _ = compare(right, path)
     assert difference > 0.5
 
 
@@ -216,3 +220,10 @@ def test_unsupported_config(change: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **tiny_models.COMMON} | change
     with pytest.raises(DynqError, match=message):
         architectures.for_config(config)
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+def test_what_llama_cpp_cannot_express_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    model_type, own = MODELS[name]
+    with pytest.raises(DynqError, match=message):
+        architectures.for_config({"model_type": model_type, **tiny_models.COMMON, **own, **settings})

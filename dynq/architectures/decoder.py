@@ -152,7 +152,8 @@ class Decoder(Architecture):
                 raise DynqError(f"the GGUF has no key {arch}.{key}: it is not a complete model")
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         head_dim = metadata.get(f"{arch}.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
-        ids = {f"{key}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+        roles = {"bos": "bos", "eos": "eos", "pad": "padding"}  # None too: a default may lie beyond the vocabulary
+        ids = {f"{role}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
         return config | {
             "head_dim": head_dim,
             "rope_parameters": Rope.from_gguf(metadata, arch, head_dim).to_config(),

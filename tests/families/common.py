@@ -12,13 +12,15 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Wrong:
     """A wrong export: of which model, what is wrong, how tensors change (GGUF name and values to values), metadata keys
-    after "<arch>." that change (None: left out), a tensor that is left out."""
+    after "<arch>." that change (None: left out), a tensor that is left out; or, where llama.cpp has something built in,
+    settings with which transformers does it otherwise."""
 
     model: str
     what: str
     change: Change | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     left_out: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def rope(kind: str = "default", theta: float = 300.0, **settings: Any) -> dict[str, Any]:
