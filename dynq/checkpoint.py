@@ -184,6 +184,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     n_weights = sum(info.n_weights for info in tensors.values())
     metadata = _general(path, architecture, n_weights) | architecture.metadata()
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    metadata["general.name"] = tokenizer.name_that_tells(metadata)
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
     return Checkpoint(name, path, architecture, metadata, tensors, read, files)

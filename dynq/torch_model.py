@@ -42,6 +42,7 @@ def load_model(
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
+    checkpoint.architecture.complete(model)
     if weights is None:
         weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
     filled = set()

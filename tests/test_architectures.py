@@ -16,7 +16,6 @@ from families.common import Wrong
 
 from dynq import architectures, libllama
 from dynq.allocate import allocate
-from dynq.architectures import ROPE_FREQS
 from dynq.architectures.rope import Rope
 from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
@@ -164,7 +163,7 @@ def test_put_is_inverse_of_take(name: str, tiny: Callable[[str], Checkpoint]) ->
     filled = {parameter: torch.zeros_like(values) for parameter, values in parameters.items()}
     for tensor in checkpoint.tensors:
         slot = checkpoint.architecture.slot_of(tensor)
-        if tensor != ROPE_FREQS:
+        if slot.parameter in parameters:  # not what transformers computes, rope frequencies
             slot.put(filled[slot.parameter], torch.from_numpy(slot.take(parameters[slot.parameter].detach().numpy())))
     for parameter, values in parameters.items():
         torch.testing.assert_close(filled[parameter], values, rtol=1e-6, atol=1e-6, msg=parameter)
@@ -184,6 +183,16 @@ def test_there_and_back(name: str, tiny: Callable[[str], Checkpoint], tmp_path: 
     with torch.no_grad():
         tokens = torch.tensor([PROMPT])
         torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_is_known_by_its_tensors(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """llama.cpp's converter writes no type."""
+    right = tiny("phi-long")
+    path = write(altered(right, Wrong("", "", metadata={"rope.scaling.type": None})), tmp_path / "m.gguf", "F16")
+    one, other = load_model(right), load_model(open_checkpoint(path))
+    with torch.no_grad():  # the prompt is shorter than the original context, twice it is longer
+        for tokens in (torch.tensor([PROMPT]), torch.tensor([PROMPT * 2])):
+            torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rope_settings_old_and_new_config_agree() -> None:
