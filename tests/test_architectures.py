@@ -1,6 +1,7 @@
 """The real engine and transformers agree on exported files, and disagree on files that are wrong on purpose."""
 
 import math
+import shutil
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -13,12 +14,13 @@ import tiny_models
 import torch
 from families import BITS, EXACT, MODELS, REFUSED, WRONG
 from families.common import Wrong
+from safetensors.torch import load_file, save_file
 
 from dynq import architectures, libllama
 from dynq.allocate import allocate
 from dynq.architectures.rope import Rope
 from dynq.calibrate import calibrate
-from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.engine import Engine
 from dynq.errors import DynqError
 from dynq.export import export
@@ -193,6 +195,32 @@ def test_longrope_is_known_by_its_tensors(tiny: Callable[[str], Checkpoint], tmp
     with torch.no_grad():  # the prompt is shorter than the original context, twice it is longer
         for tokens in (torch.tensor([PROMPT]), torch.tensor([PROMPT * 2])):
             torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """GLM-4.5 and its relatives have one after the last layer, in safetensors and in llama.cpp's GGUF."""
+    right = tiny("glm4moe")
+    directory = shutil.copytree(right.path, tmp_path / "glm4moe")
+    stored = load_file(directory / "model.safetensors")
+    further = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in stored.items() if "layers.2." in name}
+    further["model.layers.3.eh_proj.weight"] = torch.zeros(128, 256)
+    save_file(stored | further, directory / "model.safetensors", metadata={"format": "pt"})
+    assert list(open_checkpoint(directory).tensors) == list(right.tensors)
+    with_it = altered(right, Wrong("", "", metadata={"block_count": 4, "nextn_predict_layers": 1}))
+    with_it.tensors |= {
+        name.replace("blk.2.", "blk.3."): TensorInfo(name.replace("blk.2.", "blk.3."), info.shape, info.dtype)
+        for name, info in right.tensors.items()
+        if info.layer == 2
+    }
+    with_it.tensors["blk.3.nextn.eh_proj.weight"] = TensorInfo("blk.3.nextn.eh_proj.weight", (128, 256), "F32")
+    with_it._read = lambda name: (
+        np.zeros((128, 256), np.float32) if "eh_proj" in name else right.read(name.replace("blk.3.", "blk.2."))
+    )
+    back = open_checkpoint(write(with_it, tmp_path / "m.gguf", "F16"))
+    assert list(back.tensors) == list(right.tensors)
+    assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
+        {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
+    )
 
 
 def test_rope_settings_old_and_new_config_agree() -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 Change = Callable[[str, np.ndarray], np.ndarray]
 
@@ -48,3 +49,10 @@ def plus(value: float, *endings: str) -> Change:
 def experts_turned(name: str, array: np.ndarray) -> np.ndarray:
     """Every expert's down projection in its neighbour's place."""
     return np.roll(array, 1, axis=0) if "ffn_down_exps.weight" in name else array
+
+
+def experts_biased(model: Any) -> None:
+    """Biases that change the choice of experts; they are buffers, and zero in a new model."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape) * 0.3)
