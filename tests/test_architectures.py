@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from families import BITS, EXACT, MODELS, REFUSED, WRONG
+from families import BITS, EXACT, MODELS, WRONG
 from families.common import Wrong
 from safetensors.torch import load_file, save_file
 
@@ -244,6 +244,10 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     np.testing.assert_allclose(rope.inverse_frequencies(32) / factors, theirs.numpy(), rtol=1e-5)
 
 
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -251,16 +255,25 @@ def test_llama3_factors_are_those_of_transformers() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "field 'hidden_size': TypeError"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope_layers other than every 4th layer"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers other than every 4th layer"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 12, "num_hidden_layers": 4},
+            "sliding",
+        ),
+        ({"model_type": "smollm3", "attention_bias": True}, "attention_bias and mlp_bias"),
+        ({"model_type": "smollm3", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for smollm3"),
+        ({"model_type": "phi3", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "glm4", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for glm4"),
+        ({"model_type": "granitemoeshared", "num_local_experts": 0}, "num_local_experts 0"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm True is not supported with 3 layers"),
+        ({"model_type": "cohere", "num_hidden_layers": 64}, "use_qk_norm False is not supported with 64 layers"),
+        ({"model_type": "cohere", "tie_word_embeddings": False}, "tie_word_embeddings false is not supported for coh"),
+        ({"model_type": "cohere2", "attention_bias": True}, "attention_bias is not supported for cohere2"),
+        ({"model_type": "cohere2", "sliding_window": None}, "sliding_window null"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **tiny_models.COMMON} | change
     with pytest.raises(DynqError, match=message):
         architectures.for_config(config)
-
-
-@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
-def test_what_llama_cpp_cannot_express_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
-    model_type, own = MODELS[name]
-    with pytest.raises(DynqError, match=message):
-        architectures.for_config({"model_type": model_type, **tiny_models.COMMON, **own, **settings})

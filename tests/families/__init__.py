@@ -6,7 +6,6 @@ BITS: names of the models whose 3.5bpw file is measured in torch and in the engi
     settings that make its rows divisible by 256, where `hidden_size` and `intermediate_size` are not enough.
 PREPARE: name -> function that gives the random model's special parameters values that tell (sinks, decays, biases).
 EXACT: name -> how far log-probabilities of an F32 file may be from transformers', where the engine rounds more.
-REFUSED: (name, settings on top of the model's, what the message says): configs that llama.cpp cannot express.
 """
 
 from collections.abc import Callable
@@ -19,7 +18,6 @@ WRONG: list[Any] = []
 BITS: dict[str, dict[str, Any]] = {}
 PREPARE: dict[str, Callable[[Any], None]] = {}
 EXACT: dict[str, float] = {}
-REFUSED: list[tuple[str, dict[str, Any], str]] = []
 
 for module in sorted(found.name for found in iter_modules(__path__)):
     if module != "common":
@@ -29,4 +27,3 @@ for module in sorted(found.name for found in iter_modules(__path__)):
         BITS |= family.BITS
         PREPARE |= getattr(family, "PREPARE", {})
         EXACT |= getattr(family, "EXACT", {})
-        REFUSED += getattr(family, "REFUSED", [])

@@ -42,4 +42,3 @@ WRONG = [
     Wrong("granite-biased", "no other biases", without("attn_output.bias", "ffn_up.bias", "ffn_down.bias")),
 ]
 BITS: dict[str, dict[str, object]] = {"granite": {}, "granitemoe-shared": {"shared_intermediate_size": 256}}
-REFUSED = [("granitemoe-shared", {"num_local_experts": 0}, "num_local_experts 0")]

@@ -71,4 +71,3 @@ WRONG = [
     Wrong("phi-short", "factors of long texts", metadata={"rope.scaling.original_context_length": 32}),
 ]
 BITS: dict[str, dict[str, object]] = {"phi-long": _longrope(32, 24)}
-REFUSED = [("phi", {"hidden_act": "gelu"}, "hidden_act 'gelu'")]

@@ -23,10 +23,3 @@ WRONG = [
     Wrong("smollm3-yarn", "embedding for output", left_out="output.weight"),
 ]
 BITS: dict[str, dict[str, object]] = {"smollm3": {}}
-REFUSED = [
-    ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "no_rope_layers"),
-    ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "no_rope_layers"),
-    ("smollm3", {"use_sliding_window": True, "sliding_window": 12}, "use_sliding_window"),
-    ("smollm3", {"attention_bias": True}, "attention_bias"),
-    ("smollm3", rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "'llama3' is not supported"),
-]
