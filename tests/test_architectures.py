@@ -277,3 +277,17 @@ def test_unsupported_config(change: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **tiny_models.COMMON} | change
     with pytest.raises(DynqError, match=message):
         architectures.for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("granite", {"rope.scaling.finetuned": False}, "no rotary positions"),
+        ("glm4", {"rope.dimension_sections": [8, 12, 12, 0]}, "a model that sees"),
+        ("cohere-large", {"block_count": 63}, "use_qk_norm True is not supported with 63 layers"),
+    ],
+)
+def test_unsupported_gguf(name: str, metadata: dict[str, Any], message: str, tiny: Callable[[str], Checkpoint]) -> None:
+    wrong = altered(tiny(name), Wrong("", "", metadata=metadata))
+    with pytest.raises(DynqError, match=message):
+        architectures.for_gguf(wrong.metadata, {n: info.shape for n, info in wrong.tensors.items()})

@@ -23,6 +23,12 @@ class Granite(Llama):
     model_types = ("granite",)
     keys = Llama.keys | _MULTIPLIERS
 
+    @classmethod
+    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        if metadata.get("granite.rope.scaling.finetuned") is False:  # so llama.cpp keeps Granite 4's dense models
+            raise DynqError("the GGUF's model has no rotary positions (rope.scaling.finetuned false): not supported")
+        return super().config_from_gguf(metadata, tensors)
+
 
 class GraniteMoe(Routed):
     """Experts in every layer; in some models (`granitemoeshared`) also one that every token passes."""

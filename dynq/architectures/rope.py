@@ -119,7 +119,8 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """longrope's multiplier of what is rotated: by its paper (LongRoPE, section 4.3), where none is given."""
+        """longrope's multiplier of what is rotated; where none is given, by the rule of transformers
+        (`_compute_longrope_parameters`) and of llama.cpp's converter."""
         given = self.settings.get("attention_factor")
         if given is not None:
             return float(given)
