@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|al
 _NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, by its GGUF name."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16")."""
@@ -48,8 +55,7 @@ class TensorInfo:
 
     @property
     def layer(self) -> int | None:
-        match = re.match(r"blk\.(\d+)\.", self.name)
-        return int(match[1]) if match else None
+        return layer_of(self.name)
 
     @property
     def kind(self) -> str:
@@ -184,6 +190,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     n_weights = sum(info.n_weights for info in tensors.values())
     metadata = _general(path, architecture, n_weights) | architecture.metadata()
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    metadata["general.name"] = tokenizer.name_that_tells(metadata)
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
     return Checkpoint(name, path, architecture, metadata, tensors, read, files)
@@ -203,6 +210,16 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
 # --- GGUF files -----------------------------------------------------------------------------------------------------
 
 
+def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Metadata of a model without the layers that predict further tokens, which follow the others; its last layer."""
+    arch = fields.get("general.architecture")
+    further, layers = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
+    if not fields.get(further):
+        return fields, math.inf
+    last = fields[layers] - fields[further]
+    return {key: value for key, value in fields.items() if key != further} | {layers: last}, last - 1
+
+
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -216,7 +233,8 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
     if fields.get("split.count", 0) > 1:
         raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    fields, last = _without_further_tokens(fields)
+    stored = {tensor.name: tensor for tensor in reader.tensors if (layer_of(tensor.name) or 0) <= last}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
     architecture = architectures.for_gguf(fields, shapes)
     tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}

@@ -46,6 +46,7 @@ def load_model(
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
+    checkpoint.architecture.complete(model)
     names = list(checkpoint.tensors)
     if streamed:
         if weights is not None:
