@@ -20,6 +20,7 @@ from dynq.errors import DynqError
 from dynq.files import load_json
 
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
+_PIECE = 1 << 22  # values that are read at once
 # OCP MX specification 1.0, section 5.3.3: the eight magnitudes of E2M1
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
@@ -56,14 +57,25 @@ class _Stored:
         return np.fromfile(self.path, _TYPES[self.dtype], n, offset=self.offset).reshape(self.shape)
 
     def load(self) -> np.ndarray:
+        if self.dtype == "BF16":
+            return self._widened()
         raw = self.raw()
-        if self.dtype == "BF16":  # the upper half of a float32
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            raw = wide.view(np.float32)
-        elif self.dtype == "F8_E4M3":
+        if self.dtype == "F8_E4M3":
             raw = _e4m3()[raw]
         return raw.astype(np.float32, copy=False)
+
+    def _widened(self) -> np.ndarray:
+        """BF16 is the upper half of a float32. Piece by piece, so that nothing but the result is ever in memory."""
+        wide = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.uint32)
+        upper = wide.view("<u2")[1::2]
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for at in range(0, len(wide), _PIECE):
+                piece = np.fromfile(file, "<u2", min(_PIECE, len(wide) - at))
+                if not len(piece):
+                    raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
+                upper[at : at + len(piece)] = piece
+        return wide.view(np.float32).reshape(self.shape)
 
 
 def _e4m3() -> np.ndarray:
