@@ -162,8 +162,8 @@ def _score(
                 file = open_checkpoint(folder / contender.file, allow_requantize=True)
                 quantized = load_model(file)
             else:
-                weights = export.simulate(checkpoint, contender.formats, importance, threads=threads)
-                quantized = load_model(checkpoint, weights)
+                read = export.simulate(checkpoint, contender.formats, importance, threads=threads)
+                quantized = load_model(checkpoint, read=read)
             scores, arithmetic = precision.measure(quantized, reference, desc=label)
             folder.write_json(str(paths[label]), {"statistics": kld.statistics(scores)} | asdict(arithmetic))
             del quantized
