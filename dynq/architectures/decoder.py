@@ -45,6 +45,8 @@ class Decoder(Architecture):
     interleaved_rope: ClassVar[bool] = False  # llama.cpp rotates neighbours (2i, 2i+1) and not halves (i, i + dim/2)
     partial_rope: ClassVar[bool] = False  # only some dimensions of a head may be rotated
     rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "dynamic", "yarn", "llama3")
+    yarn_settings: ClassVar[frozenset[str]] = frozenset()  # those that the family itself cares for
+    ties: ClassVar[bool] = True  # the embedding may be the output's too
     norm_plus: ClassVar[float] = 0.0  # what GGUF adds to the weights of norms
     keys: ClassVar[dict[str, str]] = {
         "block_count": "num_hidden_layers",
@@ -70,6 +72,9 @@ class Decoder(Architecture):
         self.rope = Rope.from_config(config)
         if self.rope.type not in self.rope_types:
             raise DynqError(f"config.json: rope type {self.rope.type!r} is not supported for {config['model_type']}")
+        self.rope.check_yarn(self.yarn_settings)
+        if self.tied and not self.ties:
+            raise DynqError(f"config.json: tie_word_embeddings is not supported for {config['model_type']}")
         if self.rope.partial != 1 and not self.partial_rope:
             turned = f"config.json: {self.rotated} of {self.head_dim} dimensions of a head are rotated"
             raise DynqError(f"{turned}: not supported for {config['model_type']}")

@@ -4,7 +4,10 @@ from families.common import Wrong, experts_turned, other_order, rope, without
 
 MODELS = {
     "qwen2": ("qwen2", {**rope(), "tie_word_embeddings": True}),
-    "qwen2-yarn": ("qwen2", rope("yarn", factor=16.0, original_max_position_embeddings=32)),
+    "qwen2-yarn": (
+        "qwen2",
+        rope("yarn", factor=16.0, original_max_position_embeddings=32, attention_factor=1.0, beta_fast=32.0),
+    ),
     "qwen3": ("qwen3", {**rope(), "head_dim": 48}),
     "qwen3moe": (
         "qwen3_moe",
@@ -23,6 +26,7 @@ WRONG = [
     Wrong("qwen2", "q and k permuted", other_order),
     Wrong("qwen2", "rope base", metadata={"rope.freq_base": 10000.0}),
     Wrong("qwen2-yarn", "no rope scaling", metadata={"rope.scaling.type": "none"}),
+    Wrong("qwen2-yarn", "usual attention factor", metadata={"rope.scaling.attn_factor": None}),
     Wrong("qwen2-yarn", "half the rope scaling", metadata={"rope.scaling.factor": 8.0}),
     Wrong("qwen3", "norm of q", without("attn_q_norm.weight", to=1.0)),
     Wrong("qwen3", "norm of k", without("attn_k_norm.weight", to=1.0)),
