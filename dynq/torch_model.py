@@ -39,7 +39,8 @@ def load_model(
     # null is a value: without "sliding_window": null Mistral's would be 4096
     settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    attention = "eager" if settings.get("attn_logit_softcapping") else "sdpa"  # sdpa has no soft cap
+    # sdpa has no soft cap; None is sdpa where the model can use it
+    attention = "eager" if settings.get("attn_logit_softcapping") else None
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from families import BITS, EXACT, MODELS, WRONG
 from families.common import Wrong
 from safetensors.torch import load_file, save_file
@@ -246,6 +247,7 @@ def test_llama3_factors_are_those_of_transformers() -> None:
 
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +273,13 @@ _LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
         ({"model_type": "cohere", "tie_word_embeddings": False}, "tie_word_embeddings false is not supported for coh"),
         ({"model_type": "cohere2", "attention_bias": True}, "attention_bias is not supported for cohere2"),
         ({"model_type": "cohere2", "sliding_window": None}, "sliding_window null"),
+        ({"rope_scaling": _YARN | {"beta_fast": 8.0}}, "beta_fast 8.0 of yarn is not supported"),
+        ({"rope_scaling": _YARN | {"truncate": False}}, "truncate False of yarn is not supported"),
+        ({"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale 1.0 of yarn"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported, only 7.0 is"),
+        ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
+        ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
+        ({"model_type": "gpt_oss", "tie_word_embeddings": True}, "tie_word_embeddings is not supported for gpt_oss"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:
@@ -291,3 +300,10 @@ def test_unsupported_gguf(name: str, metadata: dict[str, Any], message: str, tin
     wrong = altered(tiny(name), Wrong("", "", metadata=metadata))
     with pytest.raises(DynqError, match=message):
         architectures.for_gguf(wrong.metadata, {n: info.shape for n, info in wrong.tensors.items()})
+def test_gpt_oss_opens_as_published_with_a_warning() -> None:
+    """Its yarn is the one llama.cpp cannot follow: the ends of the ramp are 8.09 and 17.4 there, 8 and 18 here."""
+    config = transformers.GptOssConfig(num_hidden_layers=2).to_dict()
+    assert config["rope_parameters"]["truncate"] is False
+    with pytest.warns(UserWarning, match="truncate false"):
+        metadata = architectures.for_config(config).metadata()
+    assert metadata["gpt-oss.rope.scaling.factor"] == 32
