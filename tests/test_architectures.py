@@ -222,6 +222,31 @@ def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], C
     assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
         {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
     )
+def test_llama4_beyond_its_first_chunk(tmp_path: Path) -> None:
+    """At position 8192 a chunk begins, and queries grow: numbers that no metadata holds. Medians, since where the best
+    two experts of a token are equally good rounding decides."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    checkpoint = open_checkpoint(
+        tiny_models.make("llama4-scout", tmp_path / "model", max_position_embeddings=16384, **sizes)
+    )
+    tokens = np.random.default_rng(0).integers(2, tiny_models.VOCAB - 64, 8300).astype(np.int32)
+    first, path = 8200, write(checkpoint, tmp_path / "32.gguf", "F32")
+    with libllama.Llama(libllama.find("xllamacpp"), path, n_ctx=8448, threads=1) as engine:
+        here = torch.log_softmax(torch.from_numpy(engine.logits(tokens, first)).double(), -1)
+    model = load_model(checkpoint)
+
+    def median(**change: Any) -> float:
+        config = transformers.Llama4TextConfig.from_dict(checkpoint.config | change)
+        other = transformers.AutoModelForCausalLM.from_config(config, dtype="float32").eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            there = other(ids, logits_to_keep=len(tokens) - first).logits[0, :-1]
+        return float((torch.log_softmax(there.double(), -1) - here).abs().amax(-1).median())
+
+    assert median() < 0.02  # the cache of keys and values is F16
+    assert median(attn_temperature_tuning=False) > 0.1
+    assert median(attention_chunk_size=16384) > 0.5
 
 
 def test_rope_settings_old_and_new_config_agree() -> None:
@@ -232,8 +257,9 @@ def test_rope_settings_old_and_new_config_agree() -> None:
     assert Rope.from_config({}) == Rope(10000.0)
 
 
-def test_llama3_factors_are_those_of_transformers() -> None:
-    config = tiny_models.MODELS["llama"][1]
+@pytest.mark.parametrize(("model", "blends"), [("llama", True), ("llama4-scout", False)])
+def test_llama3_factors_are_those_of_transformers(model: str, blends: bool) -> None:
+    config = {"rope_parameters": tiny_models.MODELS[model][1]["rope_parameters"]}
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -241,7 +267,7 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     rope = Rope.from_config(config)
     factors = rope.factors(32)
     assert factors is not None
-    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1) & (factors < 8)).any()
+    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1) & (factors < 8)).any() == blends
     np.testing.assert_allclose(rope.inverse_frequencies(32) / factors, theirs.numpy(), rtol=1e-5)
 
 
@@ -253,7 +279,7 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; supported are .*llama, mistral, .*qwen2, qwen3"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "field 'hidden_size': TypeError"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
@@ -276,6 +302,10 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         ({"rope_scaling": _YARN | {"beta_fast": 8.0}}, "beta_fast 8.0 of yarn is not supported"),
         ({"rope_scaling": _YARN | {"truncate": False}}, "truncate False of yarn is not supported"),
         ({"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale 1.0 of yarn"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 64}, "attention_chunk_size 64 is not supported"),
+        ({"model_type": "llama4_text", "use_qk_norm": False}, "use_qk_norm False is not supported"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1, 0, 1]}, r"no_rope_layers \[1, 0, 1\]"),
+        ({"model_type": "llama4_text", "moe_layers": [1]}, r"moe_layers \[1\]"),
         ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported, only 7.0 is"),
         ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
         ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),

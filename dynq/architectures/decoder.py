@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from dynq.architectures import ROPE_FREQS, Architecture
 from dynq.architectures.rope import Rope
-from dynq.architectures.slot import Slot, neighbours, part, whole
+from dynq.architectures.slot import Slot, View, neighbours, part, whole
 from dynq.errors import DynqError
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -201,7 +202,13 @@ class Routed(Decoder):
     experts: ClassVar[str] = "mlp.experts"
     router: ClassVar[Module] = "mlp.gate"
     shared: ClassVar[tuple[Module, ...]] = ()  # experts that every token passes, and their gate
-    stored_experts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    stored_experts: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")  # none: never kept one by one
+    expert_views: ClassVar[dict[str, tuple[str, View]]] = {
+        "gate": ("gate_up_proj", part(0, 2, 1)),
+        "up": ("gate_up_proj", part(1, 2, 1)),
+        "down": ("down_proj", whole),
+    }
+    """Part of an expert -> transformers' parameter and the view of it that is the GGUF tensor."""
     keys = Decoder.keys | {
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
@@ -229,18 +236,16 @@ class Routed(Decoder):
         if not self.is_routed(layer):
             return super().modules(layer)
         first, second = self.norms
-        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in ("gate", "up", "down")]
+        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in self.expert_views]
         return (first, *self.attention, second, self.router, *experts, *self.shared)
 
     def slot(self, kind: str, parameter: str) -> Slot:
-        views = {
-            "ffn_gate_exps": ("gate_up_proj", part(0, 2, 1), 0),
-            "ffn_up_exps": ("gate_up_proj", part(1, 2, 1), 1),
-            "ffn_down_exps": ("down_proj", whole, 2),
-        }
-        if kind not in views:
+        expert = re.fullmatch(r"ffn_(gate|up|down)_exps", kind)
+        if not expert:
             return super().slot(kind, parameter)
-        fused, view, which = views[kind]
+        fused, view = self.expert_views[expert[1]]
         experts = parameter.rpartition(".")[0]
-        stored = f"{experts}.{{}}.{self.stored_experts[which]}.weight"
-        return Slot(f"{experts}.{fused}", view, stored=stored, parts=self.n_expert)
+        if not self.stored_experts:
+            return Slot(f"{experts}.{fused}", view)
+        stored = self.stored_experts[list(self.expert_views).index(expert[1])]
+        return Slot(f"{experts}.{fused}", view, stored=f"{experts}.{{}}.{stored}.weight", parts=self.n_expert)

@@ -3,20 +3,24 @@
 transformers keeps the experts' matrices as `[in, out]`, columns of gate and up in turn.
 """
 
-import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 
 from dynq.architectures.decoder import ATTENTION, Module, Routed
 from dynq.architectures.sliding import WINDOW_KEYS, pattern_from_gguf, pattern_to_gguf
-from dynq.architectures.slot import Slot, every, then, transposed, whole
+from dynq.architectures.slot import Slot, View, every, then, transposed, whole
 from dynq.errors import DynqError
 
 _SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # constants in llama.cpp
-_VIEWS = {"gate": ("gate_up_proj", every(2, 0)), "up": ("gate_up_proj", every(2, 1)), "down": ("down_proj", whole)}
+_GATE, _UP = every(2, 0), every(2, 1)
+_BIASES = {
+    "ffn_gate_exps.bias": ("gate_up_proj_bias", _GATE),
+    "ffn_up_exps.bias": ("gate_up_proj_bias", _UP),
+    "ffn_down_exps.bias": ("down_proj_bias", whole),
+}
 
 
 class GptOss(Routed):
@@ -26,6 +30,12 @@ class GptOss(Routed):
     biases = (*ATTENTION, router)
     yarn_settings = frozenset({"truncate"})
     ties = False
+    stored_experts = ()
+    expert_views: ClassVar[dict[str, tuple[str, View]]] = {
+        "gate": ("gate_up_proj", then(_GATE, transposed)),
+        "up": ("gate_up_proj", then(_UP, transposed)),
+        "down": ("down_proj", transposed),
+    }
     keys = Routed.keys | WINDOW_KEYS | {"expert_feed_forward_length": "intermediate_size"}
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -45,16 +55,11 @@ class GptOss(Routed):
             )
 
     def modules(self, layer: int) -> Sequence[Module]:
-        biases = [(f"ffn_{part}_exps.bias", f"{self.experts}.{part}") for part in _VIEWS]
+        biases = [(name, f"{self.experts}.{parameter}") for name, (parameter, _) in _BIASES.items()]
         return (*super().modules(layer), *biases, ("attn_sinks.weight", "self_attn.sinks"))
 
     def slot(self, kind: str, parameter: str) -> Slot:
-        expert = re.fullmatch(r"ffn_(gate|up|down)_exps(\.bias)?", kind)
-        if not expert:
-            return super().slot(kind, parameter)
-        fused, view = _VIEWS[expert[1]]
-        parameter = f"{parameter.rpartition('.')[0]}.{fused}"
-        return Slot(f"{parameter}_bias", view) if expert[2] else Slot(parameter, then(view, transposed))
+        return Slot(parameter, _BIASES[kind][1]) if kind in _BIASES else super().slot(kind, parameter)
 
     def metadata(self) -> dict[str, Any]:
         return super().metadata() | pattern_to_gguf(self.config, self.name)

@@ -153,7 +153,8 @@ class Rope:
         high = float(self.settings.get("high_freq_factor", 4.0))
         old = float(self.settings.get("original_max_position_embeddings", 8192))
         turns = old * self.inverse_frequencies(dim) / (2 * math.pi)  # full turns within the old context
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        # Llama 4 has one border: low and high are the same
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0) if high != low else turns >= low
         return (1.0 / ((1.0 - keep) / factor + keep)).astype(np.float32)
 
 
