@@ -222,6 +222,22 @@ def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], C
     assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
         {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
     )
+def test_early_qwen2moe_files_open(tiny: Callable[[str], Checkpoint]) -> None:
+    """Without the sizes of experts in the metadata, and the shared expert's gate a vector."""
+    checkpoint = tiny("qwen2moe")
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    sizes = ("qwen2moe.expert_feed_forward_length", "qwen2moe.expert_shared_feed_forward_length")
+    early = {key: value for key, value in checkpoint.metadata.items() if key not in sizes}
+    config = architectures.for_gguf(early, shapes).config
+    assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (96, 192)
+    gate = "blk.1.ffn_gate_inp_shexp.weight"
+    assert shapes[gate] == (1, 128) and not checkpoint.tensors[gate].quantizable
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    vector = load_model(checkpoint, (weights | {gate: weights[gate][0]}).items())
+    for one, other in zip(load_model(checkpoint).parameters(), vector.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_llama4_beyond_its_first_chunk(tmp_path: Path) -> None:
     """At position 8192 a chunk begins, and queries grow: numbers that no metadata holds. Medians, since where the best
     two experts of a token are equally good rounding decides."""
@@ -302,6 +318,12 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         ({"rope_scaling": _YARN | {"beta_fast": 8.0}}, "beta_fast 8.0 of yarn is not supported"),
         ({"rope_scaling": _YARN | {"truncate": False}}, "truncate False of yarn is not supported"),
         ({"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale 1.0 of yarn"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is not supported for qwen2"),
+        ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "qwen2_moe is supported with norm_topk_prob false"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe is supported with norm_topk_prob true"),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [0]}, "layers without experts are not supported"),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, "layers without experts are not supported"),
+        ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias false"),
         ({"model_type": "llama4_text", "attention_chunk_size": 64}, "attention_chunk_size 64 is not supported"),
         ({"model_type": "llama4_text", "use_qk_norm": False}, "use_qk_norm False is not supported"),
         ({"model_type": "llama4_text", "no_rope_layers": [1, 0, 1]}, r"no_rope_layers \[1, 0, 1\]"),
