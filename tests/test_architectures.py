@@ -222,6 +222,8 @@ def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], C
     assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
         {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
     )
+
+
 def test_early_qwen2moe_files_open(tiny: Callable[[str], Checkpoint]) -> None:
     """Without the sizes of experts in the metadata, and the shared expert's gate a vector."""
     checkpoint = tiny("qwen2moe")
@@ -328,6 +330,8 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         ({"model_type": "llama4_text", "use_qk_norm": False}, "use_qk_norm False is not supported"),
         ({"model_type": "llama4_text", "no_rope_layers": [1, 0, 1]}, r"no_rope_layers \[1, 0, 1\]"),
         ({"model_type": "llama4_text", "moe_layers": [1]}, r"moe_layers \[1\]"),
+        ({"model_type": "qwen3", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for qwen3"),
+        ({"model_type": "gpt_oss", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for gpt_oss"),
         ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported, only 7.0 is"),
         ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
         ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
@@ -352,6 +356,8 @@ def test_unsupported_gguf(name: str, metadata: dict[str, Any], message: str, tin
     wrong = altered(tiny(name), Wrong("", "", metadata=metadata))
     with pytest.raises(DynqError, match=message):
         architectures.for_gguf(wrong.metadata, {n: info.shape for n, info in wrong.tensors.items()})
+
+
 def test_gpt_oss_opens_as_published_with_a_warning() -> None:
     """Its yarn is the one llama.cpp cannot follow: the ends of the ramp are 8.09 and 17.4 there, 8 and 18 here."""
     config = transformers.GptOssConfig(num_hidden_layers=2).to_dict()

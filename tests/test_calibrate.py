@@ -16,7 +16,6 @@ from dynq.fisher import Fisher
 from dynq.torch_model import load_model
 
 
-
 def _text(n: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(2, tiny_models.VOCAB - 64, (n, 24)).astype(np.int32)
 

@@ -25,6 +25,9 @@ _FREQUENCIES = {
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
+WITHOUT_FACTORS = ("default", "linear", "dynamic", "yarn")
+"""Types of rope where llama.cpp reads no rope_freqs.weight."""
+
 Module = str | tuple[str, str]
 """A linear layer or norm inside a decoder layer ("mlp.up_proj"), whose GGUF name gguf's tensor map knows; or a pair,
 where it does not: a name inside a GGUF's block, the parameter inside a layer ("attn_sinks.weight", "self_attn.sinks").
@@ -45,7 +48,7 @@ class Decoder(Architecture):
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     interleaved_rope: ClassVar[bool] = False  # llama.cpp rotates neighbours (2i, 2i+1) and not halves (i, i + dim/2)
     partial_rope: ClassVar[bool] = False  # only some dimensions of a head may be rotated
-    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "dynamic", "yarn", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = (*WITHOUT_FACTORS, "llama3")
     yarn_settings: ClassVar[frozenset[str]] = frozenset()  # those that the family itself cares for
     ties: ClassVar[bool] = True  # the embedding may be the output's too
     norm_plus: ClassVar[float] = 0.0  # what GGUF adds to the weights of norms

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, Module, Routed
+from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Module, Routed
 from dynq.architectures.sliding import WINDOW_KEYS, pattern_from_gguf, pattern_to_gguf
 from dynq.architectures.slot import Slot, View, every, then, transposed, whole
 from dynq.errors import DynqError
@@ -28,6 +28,7 @@ class GptOss(Routed):
     model_types = ("gpt_oss",)
     router = "mlp.router"
     biases = (*ATTENTION, router)
+    rope_types = WITHOUT_FACTORS
     yarn_settings = frozenset({"truncate"})
     ties = False
     stored_experts = ()

@@ -4,13 +4,14 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, Decoder
+from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, WITHOUT_FACTORS, Decoder
 from dynq.errors import DynqError
 
 
 class Olmo2(Decoder):
     arch = gguf.MODEL_ARCH.OLMO2
     model_types = ("olmo2",)
+    rope_types = WITHOUT_FACTORS
     ties = False
     attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, Decoder, Routed
+from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Decoder, Routed
 from dynq.errors import DynqError
 
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -12,6 +12,8 @@ _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 class _Qwen(Decoder):
     """Every layer sees all."""
+
+    rope_types = WITHOUT_FACTORS
 
     def __init__(self, config: dict[str, Any]) -> None:
         if config.get("use_sliding_window"):
