@@ -42,7 +42,8 @@ def load_model(
     # null is a value: without "sliding_window": null Mistral's would be 4096
     settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    attention = "eager" if settings.get("attn_logit_softcapping") else "sdpa"  # sdpa has no soft cap
+    # sdpa has no soft cap; None is sdpa where the model can use it
+    attention = "eager" if settings.get("attn_logit_softcapping") else None
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -91,11 +92,16 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
     if target is None:
         raise DynqError(f"tensor {gguf_name}: config.json describes a model without {slot.parameter}")
     wanted = slot.shape(tuple(target.shape))
-    if wanted != array.shape:
+    if _counted(wanted) != _counted(array.shape):
         raise DynqError(f"tensor {gguf_name}: shape {array.shape}, but config.json implies {wanted}")
     values = checkpoint.architecture.to_torch(gguf_name, array)
     with torch.no_grad():
         slot.put(target, torch.from_numpy(np.require(values, requirements=["C", "W"])).to(target.device))
+
+
+def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions that ggml counts: some converters write a matrix of one row as a vector."""
+    return _counted(shape[1:]) if shape[:1] == (1,) and len(shape) > 1 else shape
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

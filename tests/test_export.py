@@ -154,7 +154,7 @@ def test_fallbacks_and_tensors_never_quantized(tiny: Checkpoint, tmp_path: Path)
 def test_data_is_aligned(tmp_path: Path) -> None:
     """A tensor whose bytes are no multiple of 32 is followed by padding."""
 
-    shapes = {"blk.0.attn_q.weight": (3, 32), "blk.0.attn_k.weight": (1, 32), "blk.0.attn_v.weight": (5, 32)}
+    shapes = {"blk.0.attn_q.weight": (3, 32), "blk.0.attn_k.weight": (7, 32), "blk.0.attn_v.weight": (5, 32)}
     tensors = {name: TensorInfo(name, shape, "F32") for name, shape in shapes.items()}
     weights = {n: np.random.default_rng(1).normal(size=s).astype(np.float32) for n, s in shapes.items()}
     architecture: Any = type("A", (), {"name": "llama", "config": {}})()
