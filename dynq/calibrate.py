@@ -47,8 +47,8 @@ def calibrate(
 ) -> Importance:
     """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
 
-    tokens: int32 ``[n_chunks, n_ctx]``; model: the float32 transformers model of the checkpoint; threads: sequences
-    that are computed at once; keep: Fisher samples per layer over all sequences; source: said in the imatrix as its
+    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint; threads: sequences that are
+    computed at once on a CPU; keep: Fisher samples per layer over all sequences; source: said in the imatrix as its
     data set. Sequences that are there already are not computed again, so an interrupted calibration goes on where it
     stopped: the caller clears ``fisher/`` when the inputs have changed.
 
@@ -63,7 +63,7 @@ def calibrate(
         parameter.requires_grad_(False)
     job = _Job(checkpoint, model, tokens, fisher, seed, -(-keep // len(tokens)))
     reader = layerwise.reader(model)
-    with one_thread_each(threads) as workers:
+    with one_thread_each(threads if model.device.type == "cpu" else 1) as workers:
         if reader:
             _layer_by_layer(job, reader, workers, folder)
         else:
@@ -164,7 +164,7 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
         kept = np.memmap(Path(beside) / "hidden.f32", np.float32, "w+", shape=(len(layers) + 1, len(everyone), *shape))
 
         def read(layer: int, i: int) -> torch.Tensor:
-            return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device)
+            return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device, model.dtype)
 
         def write(layer: int, i: int, values: torch.Tensor | None) -> None:
             assert values is not None  # a gradient is there once the backward pass has run

@@ -226,16 +226,16 @@ class Fisher:
             with safe_open(path, framework="pt") as f:
                 yield f.get_tensor(f"{unit}.{what}")
 
-    def samples(self, name: str) -> Samples:
-        """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied)."""
+    def samples(self, name: str, device: str = "cpu") -> Samples:
+        """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied), on a device."""
         unit = self.unit[name]
         group = self.group[unit]
-        x, length, weight = (self._all(group, what) for what in ("x", "length", "weight"))
+        x, length, weight = (self._all(group, what).to(device) for what in ("x", "length", "weight"))
         x = x.float() * length.float()[:, None] if x.is_floating_point() else x
         if unit == HEAD:  # its formula needs no gradient
-            return Samples(x, torch.empty(len(x), 0), weight)
-        g = self._all(unit, "g").float() * self._all(unit, "slope").float()[:, None]
-        expert = self._all(group, "expert") if len(self.shapes[unit]) == 3 else None
+            return Samples(x, torch.empty(len(x), 0, device=device), weight)
+        g = self._all(unit, "g").to(device).float() * self._all(unit, "slope").to(device).float()[:, None]
+        expert = self._all(group, "expert").to(device) if len(self.shapes[unit]) == 3 else None
         return Samples(x, g, weight, expert, unit in self.flipped)
 
     def _all(self, unit: str, what: str) -> torch.Tensor:

@@ -22,16 +22,18 @@ def load_model(
     weights: Iterable[tuple[str, np.ndarray]] | None = None,
     dtype: str = "float32",
     *,
+    device: str = "cpu",
     streamed: bool | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> Any:
-    """The transformers model of a checkpoint, in eval mode, on the CPU.
+    """The transformers model of a checkpoint, in eval mode.
 
     Args:
         checkpoint: where the config comes from, and the weights if none are given.
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or what else torch knows.
         streamed: whether each decoder layer is read when it is called, see `dynq.layerwise`; by default where the
             model does not fit into memory.
         read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
@@ -54,10 +56,12 @@ def load_model(
     names, read = list(checkpoint.tensors), read or checkpoint.read
     if streamed is None:
         streamed = weights is None and not memory.fits(checkpoint)
+    check_device(device)
     if streamed:
         # what was allocated above was never written to, so it has taken no memory
         Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
         names = [name for name in names if checkpoint.tensors[name].layer is None]
+    model.to(device)
     if weights is None:
         weights = ((name, read(name)) for name in names)
     filled = set()
@@ -68,6 +72,15 @@ def load_model(
     if missing:
         raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
     return model.eval()
+
+
+def check_device(device: str) -> None:
+    """DynqError where torch has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
 
 
 def check_in_memory(model: Any, what: str) -> None:
