@@ -121,7 +121,8 @@ def main() -> None:
             print(f"calibrate on {side}: {work / median(times['calibrate'][side]) / 1e12:.2f} TFLOP/s")
         one, other = np.array(values["cpu"]), np.array(values["card"])
         print(
-            f"correlation of logarithms {np.corrcoef(np.log(one), np.log(other))[0, 1]:.4f}, sums {other.sum() / one.sum():.4f}"
+            f"correlation of logarithms {np.corrcoef(np.log(one), np.log(other))[0, 1]:.4f}, "
+            f"sums {other.sum() / one.sum():.4f}"
         )
         print(f"mean KLD of the model against itself in bfloat16: {divergence}")
 
