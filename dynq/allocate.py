@@ -97,6 +97,16 @@ def parse_target(text: str) -> Target:
     return Target(text, "bpw", number, "bpw")
 
 
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a size such as "5GB"; None for "". DynqError for anything else."""
+    if not text:
+        return None
+    target = parse_target(text)
+    if target.kind != "file":
+        raise DynqError(f'size {text!r}: write it as "5GB" or "500MB"')
+    return math.floor(target.value)
+
+
 def parse_pins(texts: Iterable[str]) -> dict[str, str]:
     """["token_embd.weight=Q8_0", "blk.*.attn_v.weight>=Q5_K"] as the `pins` of `allocate`; DynqError if malformed."""
     pins: dict[str, str] = {}

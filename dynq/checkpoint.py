@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from dynq import architectures, formats, safetensors_reader, tokenizer
+from dynq import architectures, formats, safetensors_reader, shards, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
 from dynq.files import load_json, sha256
@@ -72,6 +72,8 @@ class Checkpoint:
         architecture, config: names and layouts of the family; transformers' config as a dict.
         metadata: every key that an exported GGUF carries, tokenizer included, without the exporter's own.
         tensors: GGUF name -> TensorInfo, in file order.
+        files: what makes up the model; the shards of a split GGUF in order, the first of which is `path`.
+        packed: of a GGUF, those keys of `metadata` as the bytes that the file has for them, name and type included.
         tied: whether the output uses the embedding's weights.
         requantized: whether the source is itself quantized.
     """
@@ -86,6 +88,7 @@ class Checkpoint:
         read: Callable[[str], np.ndarray],
         files: list[Path],
         requantized: bool = False,
+        packed: dict[str, bytes] | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -95,8 +98,9 @@ class Checkpoint:
         self.tensors = tensors
         self.tied = "output.weight" not in tensors
         self.requantized = requantized
+        self.files = files
+        self.packed = packed or {}
         self._read = read
-        self._files = files
 
     @property
     def n_weights(self) -> int:
@@ -112,11 +116,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the names and contents of the files that make up the model."""
         whole = hashlib.sha256()
-        with progress(total=sum(p.stat().st_size for p in self._files), desc="hash", unit="B", leave=False) as bar:
-            for path in self._files:
+        with progress(total=sum(p.stat().st_size for p in self.files), desc="hash", unit="B", leave=False) as bar:
+            for path in self.files:
                 digest = sha256(path, bar.update)
                 # A single file's name is its owner's choice; inside a directory names have a meaning.
-                label = path.name if len(self._files) > 1 else ""
+                label = path.name if len(self.files) > 1 else ""
                 whole.update(f"{label}\0{digest}\n".encode())
         return whole.hexdigest()
 
@@ -204,19 +208,11 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
 
 
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
-    try:
-        reader = Reader(path)
-        fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        # NumPy's word for data that end early
-        reason = "tensors reach past its end" if "reshape" in str(error) else error
-        raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
-    if fields.get("split.count", 0) > 1:
-        raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
+    files = shards.of(path)
+    readers = [_reader(file) for file in files]
+    fields, packed = {k: field.contents() for k, field in readers[0].fields.items()}, readers[0].packed()
+    _check_shards(files, readers)
+    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
     architecture = architectures.for_gguf(fields, shapes)
     tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
@@ -247,4 +243,48 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         return array
 
     metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
-    return Checkpoint(path.stem, path, architecture, metadata, tensors, read, [path], bool(quantized))
+    return Checkpoint(
+        shards.unsplit(path).stem,
+        files[0],
+        architecture,
+        metadata,
+        tensors,
+        read,
+        files,
+        bool(quantized),
+        {key: packed[key] for key in metadata if key in packed},
+    )
+
+
+def _reader(path: Path) -> Reader:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
+    try:
+        reader = Reader(path)
+        for field in reader.fields.values():
+            field.contents()
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        # NumPy's word for data that end early
+        reason = "tensors reach past its end" if "reshape" in str(error) else error
+        raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
+    return reader
+
+
+def _check_shards(files: list[Path], readers: list[Reader]) -> None:
+    """DynqError where files do not say of themselves what their names say, or do not hold all tensors together."""
+
+    def number(reader: Reader, key: str, default: int) -> int:
+        field = reader.fields.get(f"split.{key}")
+        return int(field.contents()) if field else default
+
+    for i, (file, reader) in enumerate(zip(files, readers, strict=True)):
+        index, count = number(reader, "no", 0), number(reader, "count", 1)
+        if (index, count) != (i, len(files)) and max(count, len(files)) > 1:
+            raise DynqError(
+                f"{file}: it says that it is shard {index + 1} of {count}; shards are called "
+                f"NAME-00001-of-{count:05d}.gguf and so on: give it its name back, or fetch it again"
+            )
+    held = sum(len(reader.tensors) for reader in readers)
+    if (meant := number(readers[0], "tensors.count", held)) != held:
+        raise DynqError(f"{files[0]}: the shards should hold {meant} tensors, they hold {held}; fetch them again")

@@ -210,6 +210,9 @@ class RunFolder:
                 if not any(_holds_something(self / part) for part in parts):
                     self._forget(name)  # nothing to go on from: other parameters may mend the mistake
                 raise
+            outputs = list(outputs)
+            for stale in set(old.get("outputs", {})) - set(outputs):  # shards of a file that is cut otherwise now
+                _remove(self / stale)
             record["outputs"] = {file: content_hash(self / file) for file in outputs}
             self._record(name, record | {"state": "done"})
 

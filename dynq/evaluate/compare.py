@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dynq
-from dynq import export, formats, mixes
+from dynq import export, formats, mixes, shards
 from dynq.allocate import parse_target
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.evaluate import kld, precision
@@ -81,11 +81,11 @@ def compare(
     contenders: dict[str, Contender] = {}
     verdicts: list[dict[str, Any]] = []
     for target, recipe in recipes.items():
-        file = f"{file_safe(target)}.gguf"
+        exported = folder.read_json(f"{file_safe(target)}.export.json")
         around = mixes.neighbours(recipe.tensor_bytes, tensors, metadata, True)
         same = uniform_below(recipe.tensor_bytes, tensors)
-        predicted = folder.read_json(f"{file_safe(target)}.export.json")["predicted_kld"]
-        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, predicted)
+        file = exported["files"][0]  # of the shards, where it is split
+        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, exported["predicted_kld"])
         beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
         like = parse_target(recipe.target).like  # an edited recipe's file has a name that is no target
         if like and like not in around[:2]:
@@ -145,10 +145,10 @@ def _score(
     threads: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Label -> entry of evaluation.json."""
-    imatrix = content_hash(folder / "imatrix.gguf")
     paths: dict[str, Path] = {}
     for label, contender in contenders.items():
-        source = content_hash(folder / contender.file) if contender.file else imatrix
+        files = shards.of(folder / contender.file) if contender.file else [folder / "imatrix.gguf"]
+        source = ",".join(map(content_hash, files))
         about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source, precision.SHARE]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         paths[label] = Path("scores") / f"{file_safe(label)}.{key}.json"
@@ -177,7 +177,7 @@ def _score(
             "label": label,
             "kind": contender.kind,
             "tensor_bytes": size,
-            "file_bytes": (folder / contender.file).stat().st_size if contender.file else None,
+            "file_bytes": shards.total_bytes(folder / contender.file) if contender.file else None,
             "bpw": 8 * size / checkpoint.n_weights,
             "predicted_kld": contender.predicted_kld,
         } | folder.read_json(str(paths[label]))
