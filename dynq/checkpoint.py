@@ -26,16 +26,26 @@ EMBEDDED = "dynq-tiny"
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
-_NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
+# llama.cpp's list (tensor_allows_quantization in src/llama-quant.cpp), less what only projectors have
+_NOT_QUANTIZED = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "attn_rel_b.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
+    *("time_mix_first.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
+    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
+)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16")."""
+    """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16").
+
+    kept: what it is written as if it is not quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    kept: str = "F32"
 
     @property
     def n_weights(self) -> int:
@@ -61,6 +71,8 @@ class TensorInfo:
         """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution."""
         if len(self.shape) < 2 or not self.name.endswith(".weight"):
             return False
+        if self.name in ("position_embd.weight", "token_types.weight"):
+            return False
         return not any(part in self.name for part in _NOT_QUANTIZED)
 
 
@@ -73,6 +85,7 @@ class Checkpoint:
         metadata: every key that an exported GGUF carries, tokenizer included, without the exporter's own.
         tensors: GGUF name -> TensorInfo, in file order.
         files: what makes up the model; the shards of a split GGUF in order, the first of which is `path`.
+        notes: what a user should know of how the model is treated, a sentence each.
         packed: of a GGUF, those keys of `metadata` as the bytes that the file has for them, name and type included.
         tied: whether the output uses the embedding's weights.
         requantized: whether the source is itself quantized.
@@ -89,6 +102,7 @@ class Checkpoint:
         files: list[Path],
         requantized: bool = False,
         packed: dict[str, bytes] | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -100,6 +114,7 @@ class Checkpoint:
         self.requantized = requantized
         self.files = files
         self.packed = packed or {}
+        self.notes = notes or []
         self._read = read
 
     @property
@@ -190,7 +205,13 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
-    return Checkpoint(name, path, architecture, metadata, tensors, read, files)
+    notes = []
+    if stored.towers:
+        notes.append(
+            f"{stored.towers} tensors for images or sound are left out: llama.cpp takes them from a projector file "
+            "(mmproj-*.gguf); keep the publisher's beside the result"
+        )
+    return Checkpoint(name, path, architecture, metadata, tensors, read, files, notes=notes)
 
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
@@ -214,10 +235,19 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     _check_shards(files, readers)
     stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
-    architecture = architectures.for_gguf(fields, shapes)
-    tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
-    for n in tensors:
-        architecture.slot_of(n)  # raises for a tensor that the family does not have
+    try:
+        architecture = architectures.for_gguf(fields, shapes)
+    except DynqError as error:
+        raise DynqError(f"{path}: {error}") from None
+    types = {n: tensor.tensor_type.name for n, tensor in stored.items()}
+    if architecture.known:
+        tensors = {n: TensorInfo(n, shapes[n], types[n]) for n in stored}
+        for n in tensors:
+            architecture.slot_of(n)  # raises for a tensor that the family does not have
+    else:  # what llama.cpp may expect of such a tensor is what the file has
+        tensors = {n: TensorInfo(n, shapes[n], types[n], types[n]) for n in stored}
+        if odd := [n for n, info in tensors.items() if info.kept not in formats.FORMATS]:
+            raise DynqError(f"{path}: {odd[0]} has type {types[odd[0]]}, which dynq does not write")
     if missing := [n for n in architecture.required() if n not in tensors]:
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the file again")
     quantized = sorted({info.dtype for info in tensors.values()} - _PLAIN_TYPES)
@@ -243,6 +273,14 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         return array
 
     metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
+    notes = []
+    if not architecture.known:
+        notes.append(
+            f"dynq does not know the architecture {architecture.name!r}: sensitivities are estimated from the weights, "
+            "not measured"
+        )
+    for projector in sorted(path.parent.glob("*mmproj*.gguf")):
+        notes.append(f"{projector.name} beside the model is left as it is; llama.cpp takes it with --mmproj")
     return Checkpoint(
         shards.unsplit(path).stem,
         files[0],
@@ -253,6 +291,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         files,
         bool(quantized),
         {key: packed[key] for key in metadata if key in packed},
+        notes,
     )
 
 

@@ -116,7 +116,8 @@ def run(
     tasks = runner.plan(
         _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
     )
-    runner.check_sizes(tasks)
+    for note in runner.check_sizes(tasks):
+        print(f"dynq: {note}", file=sys.stderr)
     try:
         evaluation = runner.execute(tasks, folder)
     except KeyboardInterrupt:

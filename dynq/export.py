@@ -271,7 +271,7 @@ def _formats(checkpoint: Checkpoint, wanted: dict[str, str]) -> dict[str, str]:
             f"the recipe names {unknown[0]}, which {checkpoint.name} does not have: it is for another model"
         )
     return {
-        name: formats.usable(wanted[name], info.row) if info.quantizable else "F32"
+        name: formats.usable(wanted[name], info.row) if info.quantizable else info.kept
         for name, info in checkpoint.tensors.items()
     }
 

@@ -24,6 +24,7 @@ from dynq.progress import progress
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
+    from dynq.imatrix import Importance
 
 try:
     import fcntl
@@ -106,6 +107,17 @@ class RunFolder:
         if checkpoint.fingerprint != made["inputs"]["model"]:
             raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
         return checkpoint
+
+    def importance(self) -> "Importance | None":
+        """The importance that tensors are encoded with; None where there is none of a model that cannot be run."""
+        from dynq.imatrix import read_imatrix
+
+        file = self / "imatrix.gguf"
+        return read_imatrix(file) if file.exists() else None
+
+    def calibrated(self, checkpoint: "Checkpoint", *names: str) -> list[str]:
+        """Those of what calibration leaves that the model has: one that cannot be run may lack any of them."""
+        return [name for name in names if checkpoint.architecture.known or (self / name).exists()]
 
     def text(
         self,
