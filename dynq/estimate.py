@@ -55,7 +55,7 @@ _ALIKE = {
     "channel_mix_key": ("ffn_up",),
     "channel_mix_value": ("ffn_down",),
 }
-_INSIDE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+INSIDE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 def class_of(info: TensorInfo, tied: bool) -> str:
@@ -70,12 +70,12 @@ def factor(kind: str, layers: int, prior: Mapping[str, float] = PRIOR) -> float:
 
     A class that was never measured has the geometric mean of those inside of layers.
     """
-    if kind in prior and kind not in _INSIDE:
+    if kind in prior and kind not in INSIDE:
         return prior[kind]
     parts = [kind] if kind in prior else _ALIKE.get(kind, ())
     if parts:
         return sum(prior[part] for part in parts) / layers
-    return math.exp(float(np.mean([math.log(prior[part]) for part in _INSIDE]))) / layers
+    return math.exp(float(np.mean([math.log(prior[part]) for part in INSIDE]))) / layers
 
 
 def estimate(

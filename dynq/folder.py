@@ -196,7 +196,7 @@ class RunFolder:
         hash of what else it reads. outputs: names in the folder (files or folders) that it writes. parts: names that a
         cut-off step leaves behind to go on from; they are kept only where parameters and inputs are the same.
         """
-        parameters = json.loads(json.dumps(dict(parameters)))
+        parameters, outputs = json.loads(json.dumps(dict(parameters))), list(outputs)
         self.check(name, parameters)
         for file in files:
             if not (self / file).exists():
@@ -213,7 +213,8 @@ class RunFolder:
             same = False
         with self.lock():
             if not (same and old["state"] == "started"):
-                for part in parts:
+                # an output of before that is none now: a shard of a file that is cut otherwise, say
+                for part in (*parts, *(old.get("outputs", {}).keys() - set(outputs))):
                     _remove(self / part)
             self._record(name, record)
             try:
@@ -222,9 +223,6 @@ class RunFolder:
                 if not any(_holds_something(self / part) for part in parts):
                     self._forget(name)  # nothing to go on from: other parameters may mend the mistake
                 raise
-            outputs = list(outputs)
-            for stale in set(old.get("outputs", {})) - set(outputs):  # shards of a file that is cut otherwise now
-                _remove(self / stale)
             record["outputs"] = {file: content_hash(self / file) for file in outputs}
             self._record(name, record | {"state": "done"})
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from dynq.allocate import allocate, candidates, parse_target
+from dynq.allocate import allocate, candidates, parse_bytes, parse_target
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe
 from dynq.imatrix import read_imatrix
@@ -168,6 +168,7 @@ def check_sizes(tasks: Iterable[Task]) -> list[str]:
     for step, own in steps.items():
         if step.startswith("export."):
             codec.check_level(own["encoding"], more=("feedback",))
+            parse_bytes(own["max_shard_size"])
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     for file in steps["evaluate"]["files"]:
         if not Path(file).expanduser().is_file():

@@ -121,8 +121,10 @@ def test_a_model_that_is_not_known_is_not_run(models: dict[str, Path]) -> None:
     assert "sensitivities are estimated" in checkpoint.notes[0]
     with pytest.raises(DynqError, match="does not know the architecture 'mamba' and cannot run it"):
         load_model(checkpoint)
+    quantized = unknown_models.make("gpt2", models["mamba"].with_name("q8.gguf"), quantized=True)
     with pytest.raises(DynqError, match="already quantized"):
-        open_checkpoint(unknown_models.make("gpt2", models["mamba"].with_name("q8.gguf"), quantized=True))
+        open_checkpoint(quantized)
+    assert open_checkpoint(quantized, allow_requantize=True).requantized
 
 
 def write_header(path: Path, arch: str, kind: str) -> Path:
@@ -224,6 +226,7 @@ def test_run_without_data_and_without_engine(models: dict[str, Path], tmp_path: 
     ("more", "said"),
     [
         (("--imatrix", "OTHER"), "it was made from another model"),
+        (("--max-shard-size", "5bpw"), "size '5bpw': write it as"),
         (("--search", "10s"), "cannot run the architecture 'gpt2', which --search would have to"),
         (("--text", "TEXT"), "cannot run the architecture 'gpt2', so there is nothing to calibrate"),
         (("--target", "1.8bpw"), "the smallest possible is"),

@@ -24,7 +24,7 @@ from dynq import codec, mixes
 from dynq.allocate import allocate, candidates
 from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
-from dynq.estimate import _INSIDE, class_of, estimate, layer_count
+from dynq.estimate import INSIDE, class_of, estimate, layer_count
 from dynq.evaluate import kld
 from dynq.export import simulate
 from dynq.imatrix import Importance, read_imatrix
@@ -57,7 +57,7 @@ def factors(checkpoint: Checkpoint, table: pa.Table, importance: Importance) -> 
         weight = checkpoint.read(name)
         power = codec.weighted_error(weight, np.zeros_like(weight), importance.mean(name, info.row))
         kind = class_of(info, checkpoint.tied)
-        inside = math.log(layers) if kind in _INSIDE else 0.0
+        inside = math.log(layers) if kind in INSIDE else 0.0
         logs.setdefault(kind, []).append(float(np.mean(own)) + math.log(power) + inside)
     return {kind: math.exp(float(np.mean(own))) for kind, own in logs.items()}
 
