@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/dynq run dynq-tiny --target 3.5bpw --out runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 check: .venv/installed
 	$(BIN)/ruff check dynq widgets tests

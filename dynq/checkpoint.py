@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ _NOT_QUANTIZED = (
 )
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, by its GGUF name."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16").
@@ -58,8 +65,7 @@ class TensorInfo:
 
     @property
     def layer(self) -> int | None:
-        match = re.match(r"blk\.(\d+)\.", self.name)
-        return int(match[1]) if match else None
+        return layer_of(self.name)
 
     @property
     def kind(self) -> str:
@@ -203,6 +209,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     n_weights = sum(info.n_weights for info in tensors.values())
     metadata = _general(path, architecture, n_weights) | architecture.metadata()
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    metadata["general.name"] = tokenizer.name_that_tells(metadata)
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
     notes = []
@@ -228,17 +235,31 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
 # --- GGUF files -----------------------------------------------------------------------------------------------------
 
 
+def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Metadata of a model without the layers that predict further tokens, which follow the others; its last layer."""
+    arch = fields.get("general.architecture")
+    further, layers = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
+    if not fields.get(further):
+        return fields, math.inf
+    last = fields[layers] - fields[further]
+    return {key: value for key, value in fields.items() if key != further} | {layers: last}, last - 1
+
+
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     files = shards.of(path)
     readers = [_reader(file) for file in files]
-    fields, packed = {k: field.contents() for k, field in readers[0].fields.items()}, readers[0].packed()
+    whole, packed = {k: field.contents() for k, field in readers[0].fields.items()}, readers[0].packed()
     _check_shards(files, readers)
-    stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
-    shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
+    every = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    fields, last = _without_further_tokens(whole)
+    stored = {name: tensor for name, tensor in every.items() if (layer_of(name) or 0) <= last}
+    shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in every.items()}
     try:
-        architecture = architectures.for_gguf(fields, shapes)
+        architecture = architectures.for_gguf(fields, {name: shapes[name] for name in stored})
     except DynqError as error:
         raise DynqError(f"{path}: {error}") from None
+    if not architecture.known:  # llama.cpp may want what dynq's families leave out
+        fields, stored = whole, every
     types = {n: tensor.tensor_type.name for n, tensor in stored.items()}
     if architecture.known:
         tensors = {n: TensorInfo(n, shapes[n], types[n]) for n in stored}
@@ -290,7 +311,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         read,
         files,
         bool(quantized),
-        {key: packed[key] for key in metadata if key in packed},
+        {key: packed[key] for key in metadata if key in packed and fields[key] is whole[key]},
         notes,
     )
 

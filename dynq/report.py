@@ -8,10 +8,13 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import dynq
-from dynq import card, figures, mixes, sensitivity, svg
+from dynq import card, experts, figures, mixes, sensitivity, svg
 from dynq.evaluate import tables
+from dynq.figures_experts import experts_map
 from dynq.files import replacing
+from dynq.fisher import Fisher
 from dynq.folder import RunFolder, file_safe
+from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
                 "generated": target["generated"],
             }
         )
+    seen = experts.tokens_seen(checkpoint, Fisher(folder / "fisher")) if checkpoint.architecture.known else None
     values = {
         "evaluation": evaluation,
         "by_label": by_label,
@@ -50,6 +54,9 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "agreement": agreement,
         "grids": grids,
         "frontier": _embedded(figures.frontier(evaluation), "frontier"),
+        "experts": _embedded(experts_map(seen, read_imatrix(folder / "imatrix.gguf"), checkpoint), "experts")
+        if seen
+        else None,
         "scatter": _embedded(figures.prediction_scatter(table, agreement), "scatter"),
         "plotlyjs": get_plotlyjs(),
         "style": _data("style.css"),

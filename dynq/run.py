@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
-_LEAST = {"seed": 0, "threads": 0, "batch": 1, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1}
+_LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1, "top_up": 0}
 _LEAST |= {"n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
@@ -272,7 +272,9 @@ def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
         if "No space left on device" in error.evalue:
             raise DynqError(f"{folder.path}: the disk is full; make room and run the same command again") from None
         if error.ename == "MemoryError":
-            raise DynqError(f"{task.output}: out of memory; take a smaller batch or a larger machine") from None
+            raise DynqError(
+                f"{task.output}: out of memory; take fewer threads, a smaller n_ctx, or more memory"
+            ) from None
         raise RunFailed(
             f"{task.output}: {error.ename}: {_first_line(error.evalue)} (a defect; the trace is in {executed})"
         ) from None

@@ -138,6 +138,15 @@ def load_text(
     return Text(tokens, f"{source}: {len(tokens)} chunks of {n_ctx} tokens{asked}", digest, tuple(domains))
 
 
+def further_chunks(spec: str, tokenizer: Any, *, n_ctx: int, skip: int, most: int) -> list[list[int]]:
+    """The chunks that follow in the files of a `spec` of `load_text` behind its first `skip`, at most so many.
+
+    None where the text is sampled.
+    """
+    paths = text_files(spec)
+    return _file_chunks(paths, tokenizer, n_ctx, skip + most)[0][skip:] if paths else []
+
+
 def sample_chats(
     model: Any, tokenizer: Any, encoded: list[list[int]], *, max_tokens: int, generator: Any, bar: Any = None
 ) -> list[list[int]]:

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 from dynq import tokenizer
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.layerwise import Reader
 from dynq.progress import progress
 
 
@@ -20,6 +21,8 @@ def load_model(
     checkpoint: Checkpoint,
     weights: Iterable[tuple[str, np.ndarray]] | None = None,
     dtype: str = "float32",
+    *,
+    streamed: bool = False,
 ) -> Any:
     """The transformers model of a checkpoint, in eval mode, on the CPU.
 
@@ -28,6 +31,7 @@ def load_model(
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
+        streamed: each decoder layer is read from the checkpoint when it is called, see `dynq.layerwise`.
 
     Raises:
         DynqError: a weight is missing or has the wrong shape.
@@ -47,13 +51,21 @@ def load_model(
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
+    checkpoint.architecture.complete(model)
+    names = list(checkpoint.tensors)
+    if streamed:
+        if weights is not None:
+            raise ValueError("weights that are given are in memory already")
+        # what was allocated above was never written to, so it has taken no memory
+        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, checkpoint.read(name)))
+        names = [name for name in names if checkpoint.tensors[name].layer is None]
     if weights is None:
-        weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
+        weights = ((name, checkpoint.read(name)) for name in names)
     filled = set()
-    for name, array in progress(weights, total=len(checkpoint.tensors), desc="load", unit="tensor", leave=False):
+    for name, array in progress(weights, total=len(names), desc="load", unit="tensor", leave=False):
         set_tensor(model, checkpoint, name, array)
         filled.add(checkpoint.architecture.parameter(name))
-    missing = [name for name, _ in model.named_parameters() if name not in filled]
+    missing = [name for name, p in model.named_parameters() if name not in filled and p.numel()]
     if missing:
         raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
     return model.eval()

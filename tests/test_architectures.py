@@ -1,7 +1,9 @@
 """The real engine and transformers agree on exported files, and disagree on files that are wrong on purpose."""
 
 import math
+import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import tiny_models
 import torch
 from families import BITS, EXACT, MODELS, WRONG
 from families.common import Wrong
+from safetensors.torch import load_file, save_file
 
 from dynq import architectures, libllama
 from dynq.allocate import allocate
-from dynq.architectures import ROPE_FREQS
 from dynq.architectures.rope import Rope
 from dynq.calibrate import calibrate
-from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.engine import Engine
 from dynq.errors import DynqError
 from dynq.export import export
@@ -99,7 +101,10 @@ def altered(right: Checkpoint, wrong: Wrong) -> Checkpoint:
 @pytest.mark.parametrize("wrong", WRONG, ids=[f"{w.model}: {w.what}" for w in WRONG])
 def test_wrong_export_is_seen(wrong: Wrong, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     right = tiny(wrong.model)
-    difference, _ = compare(right, write(altered(right, wrong), tmp_path / "wrong.gguf", "F16"))
+    path = write(altered(right, wrong), tmp_path / "wrong.gguf", "F16")
+    right = copy(right)
+    right.config = right.config | wrong.config
+    difference, _ = compare(right, path)
     assert difference > 0.5
 
 
@@ -160,7 +165,7 @@ def test_put_is_inverse_of_take(name: str, tiny: Callable[[str], Checkpoint]) ->
     filled = {parameter: torch.zeros_like(values) for parameter, values in parameters.items()}
     for tensor in checkpoint.tensors:
         slot = checkpoint.architecture.slot_of(tensor)
-        if tensor != ROPE_FREQS:
+        if slot.parameter in parameters:  # not what transformers computes, rope frequencies
             slot.put(filled[slot.parameter], torch.from_numpy(slot.take(parameters[slot.parameter].detach().numpy())))
     for parameter, values in parameters.items():
         torch.testing.assert_close(filled[parameter], values, rtol=1e-6, atol=1e-6, msg=parameter)
@@ -180,6 +185,42 @@ def test_there_and_back(name: str, tiny: Callable[[str], Checkpoint], tmp_path: 
     with torch.no_grad():
         tokens = torch.tensor([PROMPT])
         torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_is_known_by_its_tensors(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """llama.cpp's converter writes no type."""
+    right = tiny("phi-long")
+    path = write(altered(right, Wrong("", "", metadata={"rope.scaling.type": None})), tmp_path / "m.gguf", "F16")
+    one, other = load_model(right), load_model(open_checkpoint(path))
+    with torch.no_grad():  # the prompt is shorter than the original context, twice it is longer
+        for tokens in (torch.tensor([PROMPT]), torch.tensor([PROMPT * 2])):
+            torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """GLM-4.5 and its relatives have one after the last layer, in safetensors and in llama.cpp's GGUF."""
+    right = tiny("glm4moe")
+    directory = shutil.copytree(right.path, tmp_path / "glm4moe")
+    stored = load_file(directory / "model.safetensors")
+    further = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in stored.items() if "layers.2." in name}
+    further["model.layers.3.eh_proj.weight"] = torch.zeros(128, 256)
+    save_file(stored | further, directory / "model.safetensors", metadata={"format": "pt"})
+    assert list(open_checkpoint(directory).tensors) == list(right.tensors)
+    with_it = altered(right, Wrong("", "", metadata={"block_count": 4, "nextn_predict_layers": 1}))
+    with_it.tensors |= {
+        name.replace("blk.2.", "blk.3."): TensorInfo(name.replace("blk.2.", "blk.3."), info.shape, info.dtype)
+        for name, info in right.tensors.items()
+        if info.layer == 2
+    }
+    with_it.tensors["blk.3.nextn.eh_proj.weight"] = TensorInfo("blk.3.nextn.eh_proj.weight", (128, 256), "F32")
+    with_it._read = lambda name: (
+        np.zeros((128, 256), np.float32) if "eh_proj" in name else right.read(name.replace("blk.3.", "blk.2."))
+    )
+    back = open_checkpoint(write(with_it, tmp_path / "m.gguf", "F16"))
+    assert list(back.tensors) == list(right.tensors)
+    assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
+        {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
+    )
 
 
 def test_rope_settings_old_and_new_config_agree() -> None:
@@ -203,6 +244,10 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     np.testing.assert_allclose(rope.inverse_frequencies(32) / factors, theirs.numpy(), rtol=1e-5)
 
 
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -210,9 +255,39 @@ def test_llama3_factors_are_those_of_transformers() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "field 'hidden_size': TypeError"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope_layers other than every 4th layer"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers other than every 4th layer"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 12, "num_hidden_layers": 4},
+            "sliding",
+        ),
+        ({"model_type": "smollm3", "attention_bias": True}, "attention_bias and mlp_bias"),
+        ({"model_type": "smollm3", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for smollm3"),
+        ({"model_type": "phi3", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "glm4", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for glm4"),
+        ({"model_type": "granitemoeshared", "num_local_experts": 0}, "num_local_experts 0"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm True is not supported with 3 layers"),
+        ({"model_type": "cohere", "num_hidden_layers": 64}, "use_qk_norm False is not supported with 64 layers"),
+        ({"model_type": "cohere", "tie_word_embeddings": False}, "tie_word_embeddings false is not supported for coh"),
+        ({"model_type": "cohere2", "attention_bias": True}, "attention_bias is not supported for cohere2"),
+        ({"model_type": "cohere2", "sliding_window": None}, "sliding_window null"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **tiny_models.COMMON} | change
     with pytest.raises(DynqError, match=message):
         architectures.for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("granite", {"rope.scaling.finetuned": False}, "no rotary positions"),
+        ("glm4", {"rope.dimension_sections": [8, 12, 12, 0]}, "a model that sees"),
+        ("cohere-large", {"block_count": 63}, "use_qk_norm True is not supported with 63 layers"),
+    ],
+)
+def test_unsupported_gguf(name: str, metadata: dict[str, Any], message: str, tiny: Callable[[str], Checkpoint]) -> None:
+    wrong = altered(tiny(name), Wrong("", "", metadata=metadata))
+    with pytest.raises(DynqError, match=message):
+        architectures.for_gguf(wrong.metadata, {n: info.shape for n, info in wrong.tensors.items()})

@@ -1,6 +1,7 @@
 """The command: help, mistakes in one line, exit codes. The whole run is in tests/notebooks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,7 +92,11 @@ def test_out_is_a_file(tmp_path):
 
 def test_interrupt(tmp_path):
     command = [sys.executable, "-m", "dynq.cli", *ARGUMENTS, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell starts what is sent to the background with SIGINT ignored, and children inherit that
+    heard = (
+        {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)} if os.name == "posix" else {}
+    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     for _ in range(600):
         if (tmp_path / "run" / "run.json").exists():
             break

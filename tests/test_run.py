@@ -313,7 +313,7 @@ def test_no_process_stays_behind(execute):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", "-1"), ("batch", "0"), ("keep", "0"), ("eval_n_ctx", "2")])
+@pytest.mark.parametrize(("name", "value"), [("seed", "-1"), ("n_chunks", "0"), ("keep", "0"), ("eval_n_ctx", "2")])
 def test_plan_refuses_numbers_out_of_range(tmp_path, name, value):
     with pytest.raises(DynqError, match=f"{name} must be at least .*, not {value}"):
         runner.plan("dynq-tiny", ["3bpw"], RunFolder(tmp_path), texts={name: value})

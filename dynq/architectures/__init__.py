@@ -94,6 +94,9 @@ class Architecture:
         """The values that a GGUF tensor's slot takes: others only where transformers computes them otherwise."""
         return values
 
+    def complete(self, model: Any) -> None:
+        """Give a new transformers model what it makes in its first forward pass, and a slot has to find."""
+
     def logits(self, z: Any) -> Any:
         """What the model does with the output of its head (a tensor): a scale, a soft cap, or nothing."""
         return z

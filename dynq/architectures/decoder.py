@@ -13,7 +13,13 @@ from dynq.architectures.rope import Rope
 from dynq.architectures.slot import Slot, neighbours, part, whole
 from dynq.errors import DynqError
 
-_INV_FREQ = "model.rotary_emb.inv_freq"  # transformers' buffer that stands for rope_freqs.weight
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+# GGUF's divisors of the frequencies -> where transformers has the quotients
+_FREQUENCIES = {
+    ROPE_FREQS: "model.rotary_emb.inv_freq",
+    _LONG: "model.rotary_emb.long_inv_freq",
+    _SHORT: "model.rotary_emb.original_inv_freq",
+}
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -85,7 +91,8 @@ class Decoder(Architecture):
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         names = gguf.get_tensor_name_map(self.arch, self.n_layer)
-        yield ROPE_FREQS, Slot(_INV_FREQ)
+        for name, buffer in _FREQUENCIES.items():
+            yield name, Slot(buffer)
         yield "token_embd.weight", self.slot("token_embd", "model.embed_tokens.weight")
         for layer in range(self.n_layer):
             inside = f"model.layers.{layer}"
@@ -105,17 +112,25 @@ class Decoder(Architecture):
         yield "output.weight", self.slot("output", "lm_head.weight")
 
     def required(self) -> list[str]:
-        names = [name for name in self.slots if name.endswith(".weight") and name != ROPE_FREQS]
+        names = [name for name in self.slots if name.endswith(".weight") and name not in _FREQUENCIES]
         return [name for name in names if not (self.tied and name == "output.weight")]
 
     def extra_tensors(self) -> dict[str, np.ndarray]:
+        if self.rope.type == "longrope":
+            kept = {_LONG: "long_factor", _SHORT: "short_factor"}
+            return {name: np.array(self.rope.settings[key], np.float32) for name, key in kept.items()}
         factors = self.rope.factors(self.rotated)
         return {} if factors is None else {ROPE_FREQS: factors}
 
     def to_torch(self, name: str, values: np.ndarray) -> np.ndarray:
-        if name == ROPE_FREQS:  # what divides the frequencies; transformers has the quotient
+        if name in _FREQUENCIES:
             return (self.rope.inverse_frequencies(self.rotated) / values).astype(np.float32)
         return values
+
+    def complete(self, model: Any) -> None:
+        if self.rope.type == "longrope":
+            rotary = model.model.rotary_emb
+            rotary.long_inv_freq = rotary.original_inv_freq.clone()
 
     def logits(self, z: Any) -> Any:
         z = z * (self.config.get("logit_scale") or 1) / (self.config.get("logits_scaling") or 1)
@@ -152,10 +167,12 @@ class Decoder(Architecture):
                 raise DynqError(f"the GGUF has no key {arch}.{key}: it is not a complete model")
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         head_dim = metadata.get(f"{arch}.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
-        ids = {f"{key}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+        roles = {"bos": "bos", "eos": "eos", "pad": "padding"}  # None too: a default may lie beyond the vocabulary
+        ids = {f"{role}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
+        rope = Rope.from_gguf(metadata, arch, head_dim, longrope=_LONG in tensors)
         return config | {
             "head_dim": head_dim,
-            "rope_parameters": Rope.from_gguf(metadata, arch, head_dim).to_config(),
+            "rope_parameters": rope.to_config(),
             "tie_word_embeddings": "output.weight" not in tensors,
             **ids,
         }

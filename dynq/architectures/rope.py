@@ -1,4 +1,4 @@
-"""Rotary position settings: a transformers config <-> GGUF keys, and llama3's per-frequency factors."""
+"""Rotary position settings: a transformers config <-> GGUF keys, and the factors of llama3 and longrope."""
 
 from __future__ import annotations
 
@@ -51,13 +51,18 @@ class Rope:
         if kind not in ("default", "longrope") and "factor" not in settings:
             raise DynqError(f"config.json: rope type {kind!r} has no 'factor'")
         if kind in ("yarn", "longrope"):
-            old = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-            settings.setdefault("original_max_position_embeddings", old)
+            longest = config.get("max_position_embeddings")
+            old = settings.setdefault(
+                "original_max_position_embeddings", config.get("original_max_position_embeddings") or longest
+            )
+            if kind == "longrope" and settings.get("factor") is None:
+                settings["factor"] = longest / old
         return cls(float(theta), kind, settings, float(partial))
 
     @classmethod
-    def from_gguf(cls, metadata: dict[str, Any], arch: str, head_dim: int) -> Rope:
-        """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`.
+    def from_gguf(cls, metadata: dict[str, Any], arch: str, head_dim: int, longrope: bool = False) -> Rope:
+        """From GGUF keys. llama3's settings are not among them: they live in the tensor `rope_freqs.weight`, and
+        longrope's factors in two tensors, whose presence `longrope` tells; here they are ones.
 
         A factor without a type is a linear one, in older files `rope.scale_linear` (llama.cpp's `load_hparams`).
         """
@@ -69,16 +74,23 @@ class Rope:
         partial = (get("dimension_count") or head_dim) / head_dim
         factor = get("scaling.factor") or get("scale_linear")
         kind = get("scaling.type") or ("linear" if factor not in (None, 0.0, 1.0) else "none")
+        kind = "longrope" if longrope else kind
         if kind == "none":
             return cls(theta, partial=partial)
         settings: dict[str, Any] = {"factor": factor}
-        if kind == "yarn":
+        if kind in ("yarn", "longrope"):
             settings["original_max_position_embeddings"] = get("scaling.original_context_length")
+        if kind == "longrope":
+            ones = [1.0] * (round(head_dim * partial) // 2)
+            attention = get("scaling.attn_factor") or 1.0
+            settings |= {"attention_factor": attention, "short_factor": ones, "long_factor": ones}
+        if kind == "yarn":
             settings |= {name: get(f"scaling.{key}") for name, key in _YARN_KEYS.items()}
         return cls.from_config(
             {
+                "max_position_embeddings": metadata.get(f"{arch}.context_length"),
                 "rope_parameters": {k: v for k, v in settings.items() if v is not None}
-                | {"rope_theta": theta, "rope_type": kind, "partial_rotary_factor": partial}
+                | {"rope_theta": theta, "rope_type": kind, "partial_rotary_factor": partial},
             }
         )
 
@@ -93,13 +105,27 @@ class Rope:
         if self.type in ("linear", "yarn"):
             keys["scaling.type"] = self.type
             keys["scaling.factor"] = float(self.settings["factor"])
-        if self.type == "yarn":
+        if self.type in ("yarn", "longrope"):
             keys["scaling.original_context_length"] = int(self.settings["original_max_position_embeddings"])
+        if self.type == "longrope":
+            keys["scaling.type"] = "longrope"
+            keys["scaling.attn_factor"] = self.attention_factor
+        if self.type == "yarn":
             for name, key in _YARN_KEYS.items():
                 if self.settings.get(name) is not None:
                     keys[f"scaling.{key}"] = float(self.settings[name])
         keys["freq_base"] = self.theta
         return {f"{arch}.rope.{key}": value for key, value in keys.items()}
+
+    @property
+    def attention_factor(self) -> float:
+        """longrope's multiplier of what is rotated; where none is given, by the rule of transformers
+        (`_compute_longrope_parameters`) and of llama.cpp's converter."""
+        given = self.settings.get("attention_factor")
+        if given is not None:
+            return float(given)
+        factor, old = self.settings["factor"], self.settings["original_max_position_embeddings"]
+        return math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0
 
     def inverse_frequencies(self, dim: int) -> np.ndarray:
         """Unscaled angular step of each rotated pair, float64 [dim / 2]."""

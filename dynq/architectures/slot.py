@@ -97,6 +97,18 @@ class Slot:
         target = self.view(parameter)
         target[...] = values.reshape(tuple(target.shape))
 
+    def columns(self, shape: tuple[int, ...], flipped: bool) -> np.ndarray | None:
+        """Which input each column of the GGUF tensor multiplies; None where its rows do not run along the inputs.
+
+        shape: of the parameter; flipped: it is ``[..., n_in, n_out]``. (The k part of DeepSeek's kv_b is kept
+        transposed: its inputs are queries, which no layer of transformers reads.)
+        """
+        axis = len(shape) - (2 if flipped else 1)
+        inputs = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        rows = self.gather(np.broadcast_to(inputs, shape))
+        first = np.array(rows.reshape(-1, rows.shape[-1])[0])
+        return first if len(first) == shape[axis] and len(np.unique(first)) == len(first) else None
+
     def _merged(self, values: Any) -> Any:
         return values.reshape(-1, *values.shape[self.merge :]) if self.merge else values
 
