@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from conftest import dynq_command
 
 from dynq import shards
 from dynq.checkpoint import Checkpoint, open_checkpoint
@@ -115,3 +116,15 @@ def test_shards_do_not_overwrite_the_model(written: tuple[Path, list[Path]]) -> 
             break
     with pytest.raises(DynqError, match="that is the model itself"):
         export(model, recipe, None, written[1][0].with_name("model.gguf"), shard_bytes=limit)
+
+
+def test_the_command_splits(written: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    whole, parts = written
+    arguments = ("--out", tmp_path / "new.gguf", "--allow-requantize", "--max-shard-size")
+    done = dynq_command("recipe", "apply", whole, parts[1], *arguments, "100kB")
+    assert done.returncode == 0, done.stderr
+    made = sorted(tmp_path.glob("new-*.gguf"))
+    assert f"{made[0]}: {sum(part.stat().st_size for part in made):,} bytes in {len(made)} files" in done.stdout
+    assert Recipe.from_gguf(made[-1]).formats == Recipe.from_gguf(whole).formats
+    done = dynq_command("recipe", "apply", whole, parts[1], *arguments, "5bpw")
+    assert done.returncode == 2 and "size '5bpw': write it as" in done.stderr
