@@ -183,7 +183,7 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
         def head(i: int) -> None:
             recorder, hidden = job.recorder(), read(len(layers), i).requires_grad_()
             with recorder:
-                logits = layerwise.leave(model, hidden, job.checkpoint)
+                logits = layerwise.leave(model, hidden)
             job.backward(i, logits)
             write(len(layers), i, hidden.grad)
             used.update(job.save(i, recorder, ".head"))

@@ -74,8 +74,11 @@ class TensorInfo:
 
     @property
     def quantizable(self) -> bool:
-        """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution."""
-        if len(self.shape) < 2 or not self.name.endswith(".weight"):
+        """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution.
+
+        A single row is a vector for ggml, which does not count dimensions of one at the end.
+        """
+        if self.n_weights == self.row or not self.name.endswith(".weight"):
             return False
         if self.name in ("position_embd.weight", "token_types.weight"):
             return False

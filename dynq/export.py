@@ -7,7 +7,7 @@ import io
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from gguf.gguf_writer import WriterState
 from dynq import __version__, codec, formats, shards
 from dynq.checkpoint import Checkpoint
 from dynq.describe import Described, other_shapes
-from dynq.encoding import Stream, encode
+from dynq.encoding import Stream, encode, quantize_tensor
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.gguf_reader import Reader
@@ -209,15 +209,19 @@ def simulate(
     *,
     level: str = "plain",
     threads: int | None = None,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as a reader of the exported file would see it: (name, float32 array in GGUF's layout).
+) -> Callable[[str], np.ndarray]:
+    """What gives a tensor, by its name, as a reader of the exported file would see it: float32 in GGUF's layout.
 
-    Encodes the same bytes as `export` and decodes them, in memory, one tensor at a time.
+    It encodes the same bytes as `export` and decodes them, in memory, each time that it is asked.
     """
     chosen = _formats(checkpoint, recipe_formats)
     _check_importance(checkpoint, chosen, importance)
-    for name, fmt, data in encode(checkpoint, chosen, importance, level=level, threads=threads):
-        yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
+
+    def read(name: str) -> np.ndarray:
+        data = quantize_tensor(checkpoint, name, chosen[name], importance, level, threads)
+        return codec.dequantize(data, chosen[name], threads=threads).reshape(checkpoint.tensors[name].shape)
+
+    return read
 
 
 def _check_importance(checkpoint: Checkpoint, chosen: dict[str, str], importance: Importance | None) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from dynq.checkpoint import Checkpoint
+from dynq.progress import progress
 
 
 def decoder_layers(model: Any) -> Any:
@@ -29,6 +31,7 @@ class Reader:
     """
 
     def __init__(self, model: Any, checkpoint: Checkpoint, fill: Callable[[str], None]):
+        self.checkpoint = checkpoint
         self._fill = fill
         self._layers = list(decoder_layers(model))
         self._shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in self._layers]
@@ -113,7 +116,22 @@ class _StandIn(torch.nn.Module):
         return getattr(object.__getattribute__(self, "_layer"), name)
 
 
-def leave(model: Any, hidden: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
-    """Logits ``[batch, n_ctx, n_vocab]`` of what the last layer gives."""
-    logits: torch.Tensor = checkpoint.architecture.logits(model.lm_head(model.model.norm(hidden)))
+def leave(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[batch, n_ctx, n_vocab]`` of what the last layer of a model with a `reader` gives."""
+    logits: torch.Tensor = model.layer_reader.checkpoint.architecture.logits(model.lm_head(model.model.norm(hidden)))
     return logits
+
+
+@torch.no_grad()
+def through(model: Any, tokens: np.ndarray, desc: str = "") -> list[torch.Tensor]:
+    """What the last layer gives for each chunk of int32 ``[n_chunks, n_ctx]``: all chunks through a layer, then the
+    next is read. float32 ``[1, n_ctx, width]`` each; desc: of a progress bar, none without."""
+    ids = torch.from_numpy(tokens.astype(np.int64)).to(model.device)
+    entered = [enter(model, ids[i : i + 1]) for i in range(len(ids))]
+    hidden = [one.hidden for one in entered]
+    layers = decoder_layers(model)
+    for i in progress(range(len(layers)), desc=desc, unit="layer") if desc else range(len(layers)):
+        for chunk, one in enumerate(entered):
+            args, kwargs = one.calls[i]
+            hidden[chunk] = layers[i](hidden[chunk], *args, **kwargs)
+    return hidden

@@ -9,9 +9,11 @@ import torch
 from families import MODELS
 from safetensors.torch import load_file
 
-from dynq import layerwise
+from dynq import layerwise, memory
 from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.errors import DynqError
+from dynq.evaluate import kld, precision
 from dynq.fisher import Fisher
 from dynq.torch_model import load_model
 
@@ -70,3 +72,27 @@ def test_a_streamed_model_has_one_layer_in_memory_and_the_same_logits(llama: Che
         assert torch.equal(model(ids).logits, load_model(llama)(ids).logits)
     held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     assert held[-1] > 0 and not any(held[:-1])
+
+
+def test_a_model_beyond_the_limit_is_streamed_and_measured_the_same(
+    llama: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = _text()
+    reference = kld.make_reference(load_model(llama), text, tmp_path / "reference", desc="")
+    rounded = {name: np.round(llama.read(name) * 16) / 16 for name in llama.tensors}
+    whole = kld.measure(load_model(llama, read=rounded.__getitem__), reference, desc="")
+    monkeypatch.setenv(memory.LIMIT, f"{memory.resident(llama)}B")
+    streamed = load_model(llama, read=rounded.__getitem__)
+    assert layerwise.reader(streamed)
+    parts, arithmetic = precision.measure(streamed, reference, desc="")
+    assert arithmetic.dtype == "float32"
+    np.testing.assert_allclose(parts.kld, whole.kld, rtol=1e-3, atol=1e-6)  # the head sees other numbers of rows
+    assert parts.kld.mean() > 0.01
+    monkeypatch.setenv(memory.LIMIT, f"{2 * memory.resident(llama)}B")
+    assert not layerwise.reader(load_model(llama))
+
+
+def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(memory.LIMIT, "3.5bpw")
+    with pytest.raises(DynqError, match=r"DYNQ_MEMORY='3\.5bpw' is not a number of bytes"):
+        memory.available()

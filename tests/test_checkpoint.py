@@ -84,6 +84,7 @@ def test_same_weights_as_transformers() -> None:
         ("blk.0.attn_q_norm.weight", (2, 8), False, "attn_q_norm", 0),
         ("blk.0.attn_q.bias", (8,), False, "attn_q.bias", 0),
         ("blk.0.ffn_gate_inp.weight", (8, 8), False, "ffn_gate_inp", 0),
+        ("blk.0.ffn_gate_inp_shexp.weight", (1, 8), False, "ffn_gate_inp_shexp", 0),
         ("rope_freqs.weight", (8,), False, "rope_freqs", None),
     ],
 )
@@ -290,7 +291,7 @@ def test_config_that_is_not_json(llama: Path) -> None:
 
 def test_unsupported_architecture(llama: Path) -> None:
     edit(llama / "config.json", model_type="mamba")
-    refuses(llama, "'mamba' is not supported; supported are .*llama, mistral, .*qwen2, qwen3, qwen3_moe")
+    refuses(llama, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3, qwen3_moe")
 
 
 def test_no_weights(llama: Path) -> None:

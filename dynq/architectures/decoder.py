@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from dynq.architectures import ROPE_FREQS, Architecture
 from dynq.architectures.rope import Rope
-from dynq.architectures.slot import Slot, neighbours, part, whole
+from dynq.architectures.slot import Slot, View, neighbours, part, whole
 from dynq.errors import DynqError
 
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -23,6 +24,9 @@ _FREQUENCIES = {
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+WITHOUT_FACTORS = ("default", "linear", "dynamic", "yarn")
+"""Types of rope where llama.cpp reads no rope_freqs.weight."""
 
 Module = str | tuple[str, str]
 """A linear layer or norm inside a decoder layer ("mlp.up_proj"), whose GGUF name gguf's tensor map knows; or a pair,
@@ -44,7 +48,9 @@ class Decoder(Architecture):
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     interleaved_rope: ClassVar[bool] = False  # llama.cpp rotates neighbours (2i, 2i+1) and not halves (i, i + dim/2)
     partial_rope: ClassVar[bool] = False  # only some dimensions of a head may be rotated
-    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "dynamic", "yarn", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = (*WITHOUT_FACTORS, "llama3")
+    yarn_settings: ClassVar[frozenset[str]] = frozenset()  # those that the family itself cares for
+    ties: ClassVar[bool] = True  # the embedding may be the output's too
     norm_plus: ClassVar[float] = 0.0  # what GGUF adds to the weights of norms
     keys: ClassVar[dict[str, str]] = {
         "block_count": "num_hidden_layers",
@@ -70,6 +76,9 @@ class Decoder(Architecture):
         self.rope = Rope.from_config(config)
         if self.rope.type not in self.rope_types:
             raise DynqError(f"config.json: rope type {self.rope.type!r} is not supported for {config['model_type']}")
+        self.rope.check_yarn(self.yarn_settings)
+        if self.tied and not self.ties:
+            raise DynqError(f"config.json: tie_word_embeddings is not supported for {config['model_type']}")
         if self.rope.partial != 1 and not self.partial_rope:
             turned = f"config.json: {self.rotated} of {self.head_dim} dimensions of a head are rotated"
             raise DynqError(f"{turned}: not supported for {config['model_type']}")
@@ -196,7 +205,13 @@ class Routed(Decoder):
     experts: ClassVar[str] = "mlp.experts"
     router: ClassVar[Module] = "mlp.gate"
     shared: ClassVar[tuple[Module, ...]] = ()  # experts that every token passes, and their gate
-    stored_experts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    stored_experts: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")  # none: never kept one by one
+    expert_views: ClassVar[dict[str, tuple[str, View]]] = {
+        "gate": ("gate_up_proj", part(0, 2, 1)),
+        "up": ("gate_up_proj", part(1, 2, 1)),
+        "down": ("down_proj", whole),
+    }
+    """Part of an expert -> transformers' parameter and the view of it that is the GGUF tensor."""
     keys = Decoder.keys | {
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
@@ -224,18 +239,16 @@ class Routed(Decoder):
         if not self.is_routed(layer):
             return super().modules(layer)
         first, second = self.norms
-        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in ("gate", "up", "down")]
+        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in self.expert_views]
         return (first, *self.attention, second, self.router, *experts, *self.shared)
 
     def slot(self, kind: str, parameter: str) -> Slot:
-        views = {
-            "ffn_gate_exps": ("gate_up_proj", part(0, 2, 1), 0),
-            "ffn_up_exps": ("gate_up_proj", part(1, 2, 1), 1),
-            "ffn_down_exps": ("down_proj", whole, 2),
-        }
-        if kind not in views:
+        expert = re.fullmatch(r"ffn_(gate|up|down)_exps", kind)
+        if not expert:
             return super().slot(kind, parameter)
-        fused, view, which = views[kind]
+        fused, view = self.expert_views[expert[1]]
         experts = parameter.rpartition(".")[0]
-        stored = f"{experts}.{{}}.{self.stored_experts[which]}.weight"
-        return Slot(f"{experts}.{fused}", view, stored=stored, parts=self.n_expert)
+        if not self.stored_experts:
+            return Slot(f"{experts}.{fused}", view)
+        stored = self.stored_experts[list(self.expert_views).index(expert[1])]
+        return Slot(f"{experts}.{fused}", view, stored=f"{experts}.{{}}.{stored}.weight", parts=self.n_expert)

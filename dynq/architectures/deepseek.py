@@ -65,6 +65,7 @@ class DeepSeek(AfterDense):
     arch = gguf.MODEL_ARCH.DEEPSEEK2
     model_types = ("deepseek_v3", "deepseek_v2")
     rope_types = ("default", "dynamic", "yarn")  # llama.cpp would scale attention for "linear" too
+    yarn_settings = frozenset({"mscale", "mscale_all_dim"})
     keys = AfterDense.keys | {
         "attention.q_lora_rank": "q_lora_rank",
         "attention.kv_lora_rank": "kv_lora_rank",
@@ -81,6 +82,8 @@ class DeepSeek(AfterDense):
         if self.sigmoid and not config.get("rope_interleave"):
             raise DynqError("config.json: rope_interleave false is not supported")
         super().__init__(config)
+        if self.rope.settings.get("attention_factor"):
+            raise DynqError("config.json: attention_factor of yarn is not supported for DeepSeek")
         self.mscale = float(self.rope.settings.get("mscale_all_dim") or 0)
         if self.mscale != (self.rope.settings.get("mscale") or 0):
             raise DynqError("config.json: mscale and mscale_all_dim that differ are not supported")

@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, Decoder, Module
+from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Decoder, Module
 from dynq.architectures.deepseek import AfterDense
 from dynq.errors import DynqError
 
@@ -17,7 +17,7 @@ class _Glm(Decoder):
 
     biases = ATTENTION[:3]
     partial_rope = True
-    rope_types = ("default", "linear", "dynamic", "yarn")  # llama.cpp has no rope_freqs.weight here
+    rope_types = WITHOUT_FACTORS
 
     @classmethod
     def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 
+from dynq.architectures.decoder import WITHOUT_FACTORS
 from dynq.architectures.llama import Llama
 from dynq.errors import DynqError
 
@@ -17,7 +18,7 @@ class SmolLM3(Llama):
     arch = gguf.MODEL_ARCH.SMOLLM3
     model_types = ("smollm3",)
     biases = ()
-    rope_types = ("default", "linear", "dynamic", "yarn")  # llama.cpp has no rope_freqs.weight here
+    rope_types = WITHOUT_FACTORS
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

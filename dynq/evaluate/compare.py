@@ -89,8 +89,8 @@ class Torch:
         if file:
             quantized = load_model(open_checkpoint(file, allow_requantize=True))
         else:
-            weights = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
-            quantized = load_model(self._checkpoint, weights)
+            read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
+            quantized = load_model(self._checkpoint, read=read)
         scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
         return {"statistics": kld.statistics(scores)} | asdict(arithmetic)
 

@@ -82,9 +82,9 @@ def against_original(
             _write_logits(write_logits, original, read.tokens)
         entrants = [_entrant(label, path, checkpoint) for label, path in paths]
 
-        def load(*model: Any) -> Any:
+        def load(checkpoint: Checkpoint, read: Callable[[str], Any] | None = None) -> Any:
             original.release()
-            return load_model(*model)
+            return load_model(checkpoint, read=read)
 
         kept = Kept(folder)
         what = checkpoint.fingerprint, read.sha256, read.domains

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dynq import layerwise
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.kernels import divergence
@@ -107,9 +108,19 @@ def log_probabilities(
     model: Any, tokens: np.ndarray, first: int, *, batch: int = 2, desc: str = "reference"
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities of a model chunk by chunk, float32 ``[scored, n_vocab]`` on the model's device."""
+    for logits in each_chunk(model, tokens, first, batch, desc):
+        yield log_softmax(logits)
+
+
+@torch.inference_mode()
+def each_chunk(model: Any, tokens: np.ndarray, first: int, batch: int, desc: str) -> Iterator[torch.Tensor]:
+    """Logits float32 ``[scored, n_vocab]`` of each chunk."""
+    if layerwise.reader(model):
+        for hidden in layerwise.through(model, tokens, desc):
+            yield layerwise.leave(model, hidden[:, first:-1])[0].float()
+        return
     for chunks in _batches(range(len(tokens)), batch, desc):
-        for logits in forward(model, tokens[chunks.start : chunks.stop], first):
-            yield log_softmax(logits)
+        yield from forward(model, tokens[chunks.start : chunks.stop], first)
 
 
 def forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
@@ -215,11 +226,7 @@ def measure(
         )
     total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
     rows = range(skip, total)
-    spans = _batches(rows, batch, desc)
-    tokens, first = reference.tokens, reference.first
-    return score(
-        (own for span in spans for own in forward(model, tokens[span.start : span.stop], first)), reference, rows
-    )
+    return score(each_chunk(model, reference.tokens[skip:total], reference.first, batch, desc), reference, rows)
 
 
 @torch.inference_mode()
