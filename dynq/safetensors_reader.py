@@ -7,6 +7,7 @@ Besides plain numbers two packings are read, in which large models are published
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
 from dynq.files import load_json
 
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
 _PIECE = 1 << 22  # values that are read at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -253,7 +255,7 @@ class Directory:
     """The tensors that the safetensors files of a directory hold, by GGUF name.
 
     shapes, dtypes: GGUF name -> shape in NumPy order, stored type; only tensors that are there. What no GGUF of a text
-    model has a place for (vision towers) is left out.
+    model has a place for is left out; towers: how many tensors of that are for images and sound.
 
     DynqError: a file is damaged, a tensor has a type that is not read or no place in the architecture.
     """
@@ -261,11 +263,14 @@ class Directory:
     def __init__(self, architecture: Architecture, path: Path, shards: Iterable[Path]):
         self._slots = architecture.slots
         found: dict[str, _Stored] = {}
+        self.towers = 0
         for shard in shards:
             for item in _header(shard):
                 name = architecture.transformers_name(item.name)
                 if name is not None:
                     found[name] = item
+                else:
+                    self.towers += bool(_TOWER.search(item.name))
         self._found = _unpacked(found, architecture.config.get("quantization_config"), path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

@@ -41,6 +41,11 @@ def load_model(
     Raises:
         DynqError: a weight is missing or has the wrong shape.
     """
+    if not checkpoint.architecture.known:
+        raise DynqError(
+            f"{checkpoint.path}: dynq does not know the architecture {checkpoint.architecture.name!r} and cannot run "
+            "it; `dynq run` quantizes it by estimates, and measures the result in llama.cpp"
+        )
     # null is a value: without "sliding_window": null Mistral's would be 4096
     settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
@@ -120,5 +125,6 @@ def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer: the directory's tokenizer.json, or one rebuilt from the GGUF metadata."""
     if (checkpoint.path / "tokenizer.json").is_file():
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+        # False and not None, which would ask on the terminal whether to run what a checkpoint brings along
+        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     return tokenizer.from_gguf(checkpoint.metadata)

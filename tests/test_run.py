@@ -51,6 +51,16 @@ def test_step_is_made_again(tmp_path, damage):
     assert (folder / "out.txt").read_text() == "new"
 
 
+def test_outputs_of_before_that_are_none_now_go(tmp_path):
+    folder = RunFolder(tmp_path, force=True)
+    for names in (["a-1", "a-2"], ["a"]):
+        with folder.step("split", parameters={"cut": len(names)}, outputs=names) as todo:
+            assert todo
+            for name in names:
+                (tmp_path / name).write_text(name)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "run.json", "lock"}
+
+
 def test_version_of_dynq_counts(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     make(folder)

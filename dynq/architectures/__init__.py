@@ -40,6 +40,7 @@ class Architecture:
     arch: ClassVar[gguf.MODEL_ARCH]
     model_types: ClassVar[tuple[str, ...]]  # config.json's model_type; the first is written for a GGUF
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement): checkpoint names -> transformers'
+    known: ClassVar[bool] = True  # whether transformers can be filled with the model's tensors, so that it runs here
 
     def __init_subclass__(cls) -> None:
         if "arch" in cls.__dict__:
@@ -105,6 +106,20 @@ class Architecture:
         return {}
 
 
+class Unknown(Architecture):
+    """A GGUF of an architecture that no family here knows: names and metadata as they are, nothing of its layers."""
+
+    known = False
+
+    def __init__(self, name: str) -> None:
+        self.config = {}
+        self.name = name
+        self.slots = {}
+
+    def required(self) -> list[str]:
+        return []
+
+
 def supported() -> list[str]:
     """The `model_type`s of transformers that can be opened."""
     return sorted(model_type for family in FAMILIES for model_type in family.model_types)
@@ -142,13 +157,22 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Architecture:
-    """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order). DynqError as `for_config`."""
-    wanted = metadata.get("general.architecture")
+    """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order); `Unknown` if no family reads it.
+
+    DynqError where the file is no language model: a projector for images or sound, an adapter, an importance matrix.
+    """
+    name, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if name == "clip" or kind == "mmproj":
+        raise DynqError(
+            "a projector for images or sound (mmproj), no language model: give the language model's GGUF, and keep "
+            "this file as it is beside the result; llama.cpp takes it with --mmproj"
+        )
+    if kind != "model" or not isinstance(name, str):
+        raise DynqError(f"a GGUF of type {kind!r} and architecture {name!r}, not a model")
     for family in FAMILIES:
         if family.reads(metadata):
             return family(_completed(family.config_from_gguf(metadata, tensors)))
-    known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in FAMILIES}))
-    raise DynqError(f"the GGUF's architecture {wanted!r} is not supported; supported are {known}")
+    return Unknown(name)
 
 
 for _found in sorted(module.name for module in iter_modules(__path__)):

@@ -157,9 +157,16 @@ def make_reference(
     ``path`` names two files, ``path.json`` and ``path.u16``. first: the first scored position, n_ctx / 2 by default.
     Raises DynqError where the disk has no room, before anything is computed.
     """
-    n_chunks, n_ctx = tokens.shape
-    first = n_ctx // 2 if first is None else first
-    shape = (n_chunks, n_ctx - 1 - first, model.config.get_text_config().vocab_size)
+    first = tokens.shape[1] // 2 if first is None else first
+    log_probs = log_probabilities(model, tokens, first, batch=batch, desc=desc)
+    return keep_reference(log_probs, tokens, first, model.config.get_text_config().vocab_size, path)
+
+
+def keep_reference(
+    log_probs: Iterable[torch.Tensor], tokens: np.ndarray, first: int, n_vocab: int, path: Path
+) -> Reference:
+    """Keep log-probabilities, float32 ``[scored, n_vocab]`` for each chunk of tokens, as `make_reference` does."""
+    shape = (len(tokens), tokens.shape[1] - 1 - first, n_vocab)
     need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:
         raise DynqError(
@@ -168,7 +175,7 @@ def make_reference(
         )
     with replacing(path.with_suffix(".u16")) as beside:
         depth = np.memmap(beside, np.uint16, "w+", shape=shape)
-        for chunk, log_p in enumerate(log_probabilities(model, tokens, first, batch=batch, desc=desc)):
+        for chunk, log_p in enumerate(log_probs):
             steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
             depth[chunk] = steps.cpu().numpy().astype(np.uint16)
         depth.flush()
