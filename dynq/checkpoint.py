@@ -219,8 +219,13 @@ def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], flo
     further, layers = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
     if not fields.get(further):
         return fields, math.inf
-    last = fields[layers] - fields[further]
-    return {key: value for key, value in fields.items() if key != further} | {layers: last}, last - 1
+    total, last = fields[layers], fields[layers] - fields[further]
+    kept = {
+        key: value[:last] if isinstance(value, list) and len(value) == total and key.startswith(f"{arch}.") else value
+        for key, value in fields.items()
+        if key != further
+    }
+    return kept | {layers: last}, last - 1
 
 
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:

@@ -14,8 +14,8 @@ import tiny_models
 import torch
 import transformers
 from families import BITS, EXACT, MODELS, WRONG
-from families.common import Wrong
 from safetensors.torch import load_file, save_file
+from families.common import Wrong, rope
 
 from dynq import architectures, libllama
 from dynq.allocate import allocate
@@ -292,6 +292,7 @@ def test_llama3_factors_are_those_of_transformers(model: str, blends: bool) -> N
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_QWEN35 = {"model_type": "qwen3_5_text", "rms_norm_eps": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,11 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
         ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
         ({"model_type": "gpt_oss", "tie_word_embeddings": True}, "tie_word_embeddings is not supported for gpt_oss"),
+        ({"model_type": "qwen3_5_text"}, "rms_norm_eps 1e-05"),
+        (_QWEN35 | {"linear_value_head_dim": 64}, "linear_key_head_dim and linear_value_head_dim that differ"),
+        (_QWEN35 | {"linear_num_value_heads": 24}, "24 linear value heads do not share 16 key heads"),
+        (_QWEN35 | {"attention_bias": True}, "attention_bias"),
+        (_QWEN35 | rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5), r"mrope_section \[4, 2, 2\]"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:
