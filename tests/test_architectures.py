@@ -341,6 +341,8 @@ _QWEN35 = {"model_type": "qwen3_5_text", "rms_norm_eps": 1e-6}
         (_QWEN35 | {"linear_value_head_dim": 64}, "linear_key_head_dim and linear_value_head_dim that differ"),
         (_QWEN35 | {"linear_num_value_heads": 24}, "24 linear value heads do not share 16 key heads"),
         (_QWEN35 | {"attention_bias": True}, "attention_bias"),
+        (_QWEN35 | {"model_type": "qwen3_next", "mlp_only_layers": [1]}, "mlp_only_layers"),
+        (_QWEN35 | {"model_type": "qwen3_next", "norm_topk_prob": False}, "norm_topk_prob false"),
         (_QWEN35 | rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5), r"mrope_section \[4, 2, 2\]"),
     ],
 )

@@ -157,3 +157,36 @@ class _Experts(_DeltaNet, Routed):
 class Qwen35Moe(_Qwen35, _Experts):
     arch = gguf.MODEL_ARCH.QWEN35MOE
     model_types = ("qwen3_5_moe_text",)
+
+
+class Qwen3Next(_Experts):
+    """One projection for keys, values and their gates, and one for the two numbers of each value head; both go from
+    key head to key head, and llama.cpp takes only the first apart. It repeats key heads in place."""
+
+    arch = gguf.MODEL_ARCH.QWEN3NEXT
+    model_types = ("qwen3_next",)
+    linear = (
+        ("attn_qkv.weight", "linear_attn.in_proj_qkvz.weight"),
+        ("attn_gate.weight", "linear_attn.in_proj_qkvz.weight"),
+        *_INSIDE,
+        ("ssm_ba.weight", "linear_attn.in_proj_ba.weight"),
+        *("linear_attn.norm", "linear_attn.out_proj"),
+    )
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+            raise DynqError("config.json: mlp_only_layers and decoder_sparse_step are not supported for qwen3_next")
+        if not config.get("norm_topk_prob"):
+            raise DynqError("config.json: norm_topk_prob false is not supported for qwen3_next")
+        super().__init__(config)
+
+    def slot(self, kind: str, parameter: str) -> Slot:
+        if kind in ("attn_qkv", "attn_gate"):
+            values = self.n_value // self.n_key * self.state
+            heads = np.arange(2 * self.n_key * (self.state + values)).reshape(self.n_key, -1)
+            parts = np.split(heads, np.cumsum([self.state, self.state, values]), axis=1)  # q, k, v, gate
+            wanted = parts[:3] if kind == "attn_qkv" else parts[3:]
+            return Slot(parameter, rows=np.concatenate([part.reshape(-1) for part in wanted]))
+        if kind == "ssm_conv1d":
+            return Slot(parameter, merge=2)
+        return Slot(parameter, decay=True) if kind == "ssm_a" else super().slot(kind, parameter)

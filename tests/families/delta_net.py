@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen35moe": ("qwen3_5_moe_text", {**_DELTA, **rope(**_SECTIONS), **_EXPERTS}),
+    "qwen3next": ("qwen3_next", {**_DELTA, **rope(partial_rotary_factor=0.25), **_EXPERTS}),
 }
 
 
@@ -86,6 +87,28 @@ def _logarithms(name: str, array: np.ndarray) -> np.ndarray:
     return np.log(-array) if name.endswith("ssm_a") else array
 
 
+def _tiled(name: str, array: np.ndarray) -> np.ndarray:
+    """Value heads of gates in the order of Qwen3.5."""
+    if "attn_gate" not in name:
+        return array
+    return array.reshape(_KEYS, _SHARED, _WIDTH, -1).swapaxes(0, 1).reshape(array.shape)
+
+
+def _projections_apart(name: str, array: np.ndarray) -> np.ndarray:
+    """All betas before all alphas, not from key head to key head."""
+    if "ssm_ba" not in name:
+        return array
+    return array.reshape(_KEYS, 2, _SHARED, -1).swapaxes(0, 1).reshape(array.shape)
+
+
+def _rows_as_stored(name: str, array: np.ndarray) -> np.ndarray:
+    """Keys and values from key head to key head, as transformers has them."""
+    if "attn_qkv" not in name:
+        return array
+    q, k, v = np.split(array, [_KEYS * _WIDTH, 2 * _KEYS * _WIDTH])
+    return np.concatenate([part.reshape(_KEYS, -1, array.shape[1]) for part in (q, k, v)], axis=1).reshape(array.shape)
+
+
 _NORMS = ("attn_norm.weight", "post_attention_norm.weight", "output_norm.weight")
 _EVERYWHERE = ("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_a", "ssm_dt", "ssm_alpha", "ssm_beta", "ssm_out")
 WRONG = [
@@ -106,20 +129,32 @@ WRONG = [
     Wrong("qwen35", "one section", metadata={"rope.dimension_sections": [8, 0, 0, 0]}),
     Wrong("qwen35", "rope base", metadata={"rope.freq_base": 10000.0}),
     Wrong("qwen35-uneven", "no rope scaling", metadata={"rope.scaling.type": "none"}),
+    Wrong("qwen35moe", "value heads as in transformers", _grouped(*_EVERYWHERE)),
+    Wrong("qwen3next", "gates in the order of Qwen3.5", _tiled),
+    Wrong("qwen3next", "betas apart from alphas", _projections_apart),
+    Wrong("qwen3next", "keys and values as stored", _rows_as_stored),
+    Wrong("qwen3next", "logarithms of decays", _logarithms),
+    Wrong("qwen3next", "no bias of time steps", without("ssm_dt.bias")),
+    Wrong("qwen3next", "norms of q and k less one", plus(-1.0, "attn_q_norm.weight", "attn_k_norm.weight")),
+    Wrong("qwen3next", "gated norm and one", plus(1.0, "ssm_norm.weight")),
+    Wrong("qwen3next", "gates apart from queries", _gates_apart),
+    Wrong("qwen3next", "all of a head rotated", metadata={"rope.dimension_count": 64}),
+    Wrong("qwen3next", "rope base", metadata={"rope.freq_base": 10000.0}),
     *(
         Wrong(model, what, change)
-        for model in ("qwen35moe",)
+        for model in ("qwen35moe", "qwen3next")
         for what, change in (
-            ("value heads as in transformers", _grouped(*_EVERYWHERE)),
             ("experts in another order", experts_turned),
             ("no shared expert", without("ffn_down_shexp.weight")),
             ("shared expert without its gate", without("ffn_gate_inp_shexp.weight")),
             ("norms less one", plus(-1.0, *_NORMS)),
         )
     ),
-    Wrong("qwen35moe", "one expert fewer", metadata={"expert_used_count": 1}),
+    *(Wrong(model, "one expert fewer", metadata={"expert_used_count": 1}) for model in ("qwen35moe", "qwen3next")),
 ]
+_WIDE: dict[str, object] = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 BITS: dict[str, dict[str, object]] = {
     "qwen35": {},
-    "qwen35moe": {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+    "qwen35moe": _WIDE,
+    "qwen3next": _WIDE,
 }
