@@ -66,7 +66,8 @@ class TensorInfo:
     def quantizable(self) -> bool:
         """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution.
 
-        A single row is a vector for ggml, which does not count dimensions of one at the end.
+        A single row is a vector for ggml, which does not count dimensions of one at the end. Gemma 4's
+        per_layer_model_proj, which llama-quantize leaves as it is, is quantized like any other layer.
         """
         if self.n_weights == self.row or not self.name.endswith(".weight"):
             return False
@@ -245,7 +246,8 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     stored = {tensor.name: tensor for tensor in reader.tensors if (layer_of(tensor.name) or 0) <= last}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
     architecture = architectures.for_gguf(fields, shapes)
-    tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
+    used = {n: tensor for n, tensor in stored.items() if not architecture.leaves_out(n)}
+    tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in used.items()}
     for n in tensors:
         architecture.slot_of(n)  # raises for a tensor that the family does not have
     if missing := [n for n in architecture.required() if n not in tensors]:
