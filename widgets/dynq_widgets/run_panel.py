@@ -76,4 +76,4 @@ def _said(look: Look) -> str:
     lasted = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
     if look.state == "running":
         return ", ".join(filter(None, (look.steps[look.at], look.bar, f"{lasted} in all")))
-    return f"{look.steps[look.at]}: {look.state} after {lasted} in all"
+    return f"{look.steps[look.at]}: {look.state} after {lasted}"
