@@ -20,6 +20,10 @@ SETTINGS = {
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 HARMLESS = ()
+# the notebook, and the place after the first cell that holds some words, or after the last
+PLACE = """const notebook = jupyterapp.shell.currentWidget.content;
+const end = words === null ? notebook.widgets.length :
+    notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(words)) + 1;"""
 
 
 class Lab:
@@ -40,18 +44,20 @@ class Lab:
         self.page.wait_for_function(f"window.jupyterapp && {kernel}?.status === 'idle'", timeout=90_000)
         self.page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
 
-    def run_all(self):
+    def run_all(self, timeout=120_000):
+        """Run all cells, and wait for the last: until then JupyterLab takes the focus from cell to cell."""
         self.command("notebook:run-all-cells")
+        self._ran(None, timeout)
 
-    def run_to(self, words):
+    def run_to(self, words, timeout=120_000):
         """Run the cells down to the first one whose source holds `words`."""
-        select = """words => {
-            const notebook = jupyterapp.shell.currentWidget.content;
-            const found = notebook.widgets.findIndex((cell) => cell.model.sharedModel.source.includes(words));
-            notebook.activeCellIndex = found + 1;
-        }"""
-        self.page.evaluate(select, words)
+        self.page.evaluate(f"words => {{ {PLACE} notebook.activeCellIndex = end; }}", words)
         self.command("notebook:run-all-above")
+        self._ran(words, timeout)
+
+    def _ran(self, words, timeout):
+        done = "notebook.widgets.slice(0, end).every((cell) => cell.model.type !== 'code' || cell.model.executionCount)"
+        self.page.wait_for_function(f"words => {{ {PLACE} return {done}; }}", arg=words, timeout=timeout)
 
     def theme(self, name):
         self.command("apputils:change-theme", theme=f"JupyterLab {name}")

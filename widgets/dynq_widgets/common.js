@@ -34,8 +34,9 @@ function follow(model, names, handler) {
   return () => names.forEach((name) => model.off(`change:${name}`, handler));
 }
 
-/** Bytes as "6.37 MB", "8.03 GB" (powers of ten). */
+/** Bytes as "880 B", "6.370 MB", "8.030 GB" (powers of ten). */
 function bytesText(bytes) {
+  if (Math.abs(bytes) < 1e3) return `${Math.round(bytes)} B`;
   const [unit, size] = Math.abs(bytes) >= 1e9 ? ["GB", 1e9] : Math.abs(bytes) >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
   return `${digits(bytes / size, 4)} ${unit}`;
 }
