@@ -9,9 +9,9 @@ import plotly
 import pytest
 
 try:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 except ImportError:
-    sync_playwright = None
+    expect = sync_playwright = None
 
 CHROMIUM = shutil.which("chromium")
 MISSING = [name for name, there in (("playwright (extra ui)", sync_playwright), ("chromium", CHROMIUM)) if not there]

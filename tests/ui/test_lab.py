@@ -6,10 +6,9 @@ One folder is made on the way, so each test goes on from the one before. Screens
 import json
 
 import pytest
-from browser import needs_browser
+from browser import expect, needs_browser
 from conftest import notebook
 from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import expect
 
 from dynq.recipe import Recipe
 
@@ -134,6 +133,9 @@ def test_a_recipe_is_edited_and_saved(lab, run):
     name = "blk.3.attn_v.weight"
     cell = grid.locator(f"[data-tensor='{name}']")
     cell.click()
+    lab.page.keyboard.press("ArrowRight")
+    expect(grid.locator("[aria-selected=true]")).to_have_attribute("data-tensor", "blk.3.attn_output.weight")
+    lab.page.keyboard.press("ArrowLeft")
     chosen = "Q2_K" if cell.get_attribute("data-format") != "Q2_K" else "Q4_K"
     grid.locator(f".dq-picker button[data-format={chosen}]").click()
     expect(cell).to_have_attribute("data-format", chosen)

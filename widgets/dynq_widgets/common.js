@@ -16,11 +16,13 @@ function dressed(node, attributes, children) {
     else if (value === true) node.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
   }
+  // JupyterLab's shortcuts for whatever has the focus (arrow keys) look at the node itself before they look above it
+  if (node.matches("button, input, select, summary, [tabindex]")) node.setAttribute("data-lm-suppress-shortcuts", "true");
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
 }
 
-/** The root of a view. JupyterLab's shortcuts (z, dd, arrows) stay out of it. */
+/** The root of a view. JupyterLab's shortcuts (z, dd) stay out of it. */
 function rootOf(el, name) {
   const root = element("div", { class: `dq dq-${name}`, "data-lm-suppress-shortcuts": "true" });
   el.replaceChildren(root);
