@@ -19,7 +19,7 @@ SETTINGS = {
     # no question about news, which would be fetched
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-HARMLESS = ()
+HARMLESS = ()  # complaints that count for nothing, with their reason: so far there are none
 # the notebook, and the place after the first cell that holds some words, or after the last
 PLACE = """const notebook = jupyterapp.shell.currentWidget.content;
 const end = words === null ? notebook.widgets.length :

@@ -14,7 +14,7 @@ from dynq.recipe import Recipe
 
 pytestmark = needs_browser
 SMALL = {"n_chunks": 4, "n_ctx": 64, "batch": 2, "keep": 16, "threads": 2}
-PER_TENSOR = {"formats": ["Q2_K", "Q3_K", "Q4_K"], "n_swaps": 0}
+PER_TENSOR = {"formats": ["Q2_K", "Q4_K"], "n_swaps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_recipe_is_edited_and_saved(lab, run):
     from dynq.folder import RunFolder
     from dynq.jobs import Job
 
-    job = Job(RunFolder(run), values=SMALL | PER_TENSOR)
+    job = Job(RunFolder(run), steps=["sensitivity", "allocate"], values=SMALL | PER_TENSOR)
     job.start("allocate.3.5bpw")
     lab.open("05.ipynb", notebook("05_allocate", run=str(run), threads=2))
     assert job.wait(120).state == "done", job.log()
