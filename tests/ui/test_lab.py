@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from dynq.recipe import Recipe
 
 pytestmark = needs_browser
-SMALL = {"n_chunks": 4, "n_ctx": 64, "batch": 2, "keep": 16, "threads": 2}
+SMALL = {"n_chunks": 4, "n_ctx": 64, "keep": 16, "threads": 2}
 PER_TENSOR = {"formats": ["Q2_K", "Q4_K"], "n_swaps": 0}
 
 
