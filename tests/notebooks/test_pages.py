@@ -21,12 +21,12 @@ def chromium():
 
 
 def check(page, complaints, figures):
-    """All figures drawn: axes, and a line, a bar, a mark or an image in each. No widget, dead or alive; no complaint."""
+    """All figures drawn: in each a line, a bar, a mark, an image, or words why there is none. No widget, no complaint."""
     page.wait_for_function("n => document.querySelectorAll('.plotly-graph-div .main-svg .xy').length >= n", arg=figures)
     graphs = page.locator(".plotly-graph-div")
     assert graphs.count() == figures
     empty = """() => [...document.querySelectorAll('.plotly-graph-div')].filter((graph) => graph.clientHeight < 100 ||
-        ![...graph.querySelectorAll('.overplot path, .overplot image')].some((mark) => mark.getBoundingClientRect().width > 0)
+        ![...graph.querySelectorAll('.overplot path, .overplot image, .annotation-text')].some((mark) => mark.getBoundingClientRect().width > 0)
         ).map((graph) => graph.textContent.slice(0, 80))"""
     assert page.evaluate(empty) == []
     text = page.locator("body").inner_text()
