@@ -42,7 +42,11 @@ def sweep_frontier(result: Mapping[str, Any]) -> Picture:
                 figure.add_scatter(x=x, y=y, mode="lines", line=line, showlegend=False, **shared)
     styled(figure, "Divergence from the original against size", 460)
     figure.update_xaxes(title="bits per weight, all tensors")
-    figure.update_yaxes(title="mean KLD, nats per token (less is better)", **NATS)
+    every = [
+        np.log10(max(file[key], 1e-9)) for run in result["runs"] for file in run["files"] for key in ("kld", "mix_kld")
+    ]
+    around = [float(min(every)) - 0.35, float(max(every)) + 0.35]  # wide enough for a tick or two
+    figure.update_yaxes(title="mean KLD, nats per token (less is better)", range=around, **NATS)
     caption = "Every file on its model's held-out text; mixes: llama.cpp's at the same bytes; ratio: KLD over theirs"
     return Picture(figure, html_table(sweep_rows(result), caption))
 
