@@ -1,8 +1,8 @@
-# make demo: install and run the main job on the embedded model.   make test: the tests.   make lab: JupyterLab.
+# make demo: install and run the main job on the embedded model.   make test: the tests.   make test-ui: those in a browser.   make lab: JupyterLab.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lab docs format clean
+.PHONY: demo test test-ui check lab docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,7 +15,10 @@ demo: .venv/installed
 	$(BIN)/dynq run dynq-tiny --target 3.5bpw --out runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests --ignore=tests/ui -n 2 --dist worksteal
+
+test-ui: .venv/installed
+	$(BIN)/python -m pytest tests/ui -rs
 
 check: .venv/installed
 	$(BIN)/ruff check dynq widgets tests

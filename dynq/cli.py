@@ -132,6 +132,58 @@ def run(
         print(runner.summary(evaluation, folder))
 
 
+SWEEP_EXAMPLE = """
+An example of FILE:
+
+  models: [dynq-tiny, ./my-model, Qwen/Qwen3-0.6B]
+
+  targets: [3.5bpw, "like:Q4_K_M"]
+
+  seeds: [0, 1]                         # default: [0]
+
+  parameters: {n_chunks: 64, tune: 10}  # as after -p of `dynq run`
+
+The same command again goes on where it was cut off, and does again what failed.
+"""
+
+
+@app.command(epilog=SWEEP_EXAMPLE)
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A YAML file with models, targets, seeds and parameters.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run folders and their summary.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Take folders made with other parameters; make anew what they change.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+) -> None:
+    """Make GGUFs of many models, targets and seeds, as `dynq run` does, with one summary of all."""
+    from dynq import sweep as sweeping
+    from dynq.folder import RunFolder
+    from dynq.report import write_sweep_report
+
+    asked = sweeping.read_sweep(file)
+    paths = {
+        name: _absolute(asked.parameters[name]) for name in ("text", "eval_text", "imatrix") if name in asked.parameters
+    }
+    asked = asked._replace(models=[_model(model) for model in asked.models], parameters=asked.parameters | paths)
+    folder = RunFolder(out, force=force)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise DynqError(f"{out}: a file, not a folder; choose another --out")
+    if any(not step.startswith("run.") for step in folder.state["steps"]):
+        raise DynqError(f"{out}: the folder of a single run; choose another --out")
+    try:
+        result = sweeping.run_sweep(asked, folder)
+    except KeyboardInterrupt:
+        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+    folder.write_json("sweep.json", result)
+    write_sweep_report(folder, result)
+    print(_json(result) if as_json else sweeping.summary(result, folder))
+    if result["failed"]:
+        print(f"dynq: {len(result['failed'])} of the sweep's files failed", file=sys.stderr)
+        raise typer.Exit(1 if any(failed["kind"] == "defect" for failed in result["failed"]) else 2)
+
+
 @app.command()
 def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the formats that dynq encodes.

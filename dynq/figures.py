@@ -322,6 +322,11 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
     styled(figure, "Output error with feedback, on text kept aside", showlegend=False)
     figure.add_hline(y=1, line={"color": BLACK, "dash": "dot", "width": 1})
     figure.update_yaxes(title="squared error / that of plain", range=[0, 1.05])
+    if not by_kind:
+        figure.update_xaxes(visible=False)
+        figure.add_annotation(
+            text="no tensor is fed back: the table says why", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False
+        )
     rows = [
         {
             "kind": kind,

@@ -240,15 +240,18 @@ class RunFolder:
         )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes out of the folder. The system frees the lock of a process that died."""
+    def lock(self) -> Iterator[TextIO | None]:
+        """Keep other processes out of the folder. The system frees the lock of a process that died.
+
+        Gives the locked file: a child that inherits it has the lock too. None within a parent's lock.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if fcntl is None or os.environ.get(LOCKED) == str(self.path):
-            yield
+            yield None
             return
         with (self / "lock").open("a+", encoding="utf-8") as file:
             _lock(file, self.path)
-            yield
+            yield file
 
 
 def _lock(file: TextIO, path: Path) -> None:
@@ -258,8 +261,13 @@ def _lock(file: TextIO, path: Path) -> None:
         file.seek(0)
         holder = file.read().strip() or "another"
         raise DynqError(f"{path}: process {holder} works in this folder; wait or choose another --out") from None
+    sign(file, os.getpid())
+
+
+def sign(file: TextIO, pid: int) -> None:
+    """Write into a locked file whose the lock is."""
     file.truncate(0)
-    file.write(str(os.getpid()))
+    file.write(str(pid))
     file.flush()
 
 

@@ -8,7 +8,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import dynq
-from dynq import card, experts, figures, mixes, sensitivity, svg
+from dynq import card, experts, figures, figures_sweep, mixes, sensitivity, svg
 from dynq.evaluate import tables
 from dynq.figures_experts import experts_map
 from dynq.files import replacing
@@ -123,6 +123,16 @@ def write_files_report(folder: RunFolder, evaluation: Mapping[str, Any]) -> None
     for name, text in written.items():
         with replacing(folder / name) as beside:
             beside.write_text(text, encoding="utf-8")
+
+
+def write_sweep_report(folder: RunFolder, result: Mapping[str, Any]) -> None:
+    """Write ``sweep.html``, the summary of a sweep."""
+    drawn = _embedded(figures_sweep.sweep_frontier(result), "frontier") if result["runs"] else None
+    page = _template("sweep.html.j2").render(
+        result=result, drawn=drawn, plotlyjs=get_plotlyjs(), style=_data("style.css")
+    )
+    with replacing(folder / "sweep.html") as beside:
+        beside.write_text(page, encoding="utf-8")
 
 
 def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:

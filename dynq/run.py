@@ -108,14 +108,21 @@ def plan(
     folder: RunFolder,
     values: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
+    *,
+    as_made: bool = False,
 ) -> list[Task]:
     """Every notebook of a run with its parameters, all checked; nothing is run and nothing written.
 
+    targets: sizes, or names of recipes in the folder that were edited by hand: these are exported and evaluated.
     values: parameter name -> value; texts: the same as the command line gives them (``-p``), still to be parsed. A
-    parameter goes to every notebook that has one of that name. DynqError: a target that is no size or stands there
-    twice, an unknown or ill-typed parameter, a parameter other than the folder was made with.
+    parameter goes to every notebook that has one of that name. as_made: what is not given is as the folder was made,
+    and the default only where it was not. DynqError: a target that is no size or stands there twice, an unknown or
+    ill-typed parameter, a parameter other than the folder was made with.
     """
-    targets = [parse_target(text).text.strip() for text in targets]
+    targets = [target.strip() for target in targets]
+    for target in targets:
+        if not is_edited(target, folder):
+            parse_target(target)
     if not targets:
         raise DynqError('no target; give at least one, such as --target 3.5bpw, --target 8GB or --target "like:Q4_K_M"')
     names = [file_safe(target).lower() for target in targets]
@@ -137,17 +144,31 @@ def plan(
             raise DynqError(f"parameter {name} must be at least {least}, not {given[name]}")
     given |= {"run": str(folder.path), "model": model, "targets": targets, "force": folder.force}
 
+    made = folder.state["steps"] if as_made else {}
     tasks = []
     for notebook in NOTEBOOKS:
-        filled = {name: given.get(name, parameter.default) for name, parameter in known[notebook].items()}
         step = notebook.partition("_")[2]
+        chosen = {step: given}
         if notebook in PER_TARGET:
-            tasks += [Task(notebook, f"{step}.{file_safe(t)}", filled | {"target": t}) for t in targets]
-        else:
-            tasks.append(Task(notebook, step, filled))
+            chosen = {f"{step}.{file_safe(target)}": given | {"target": target} for target in targets}
+        for name, values in chosen.items():
+            if step == "allocate" and is_edited(values["target"], folder):
+                continue  # its recipe is there
+            values = {**made.get(name, {}).get("parameters", {}), **values}
+            filled = {key: values.get(key, parameter.default) for key, parameter in known[notebook].items()}
+            tasks.append(Task(notebook, name, filled))
     for task in tasks:
         folder.check(task.step, task.parameters)
     return tasks
+
+
+def is_edited(target: str, folder: RunFolder) -> bool:
+    """Whether a target is no size but the name of a recipe in the folder, such as "3.5bpw-edited"."""
+    try:
+        parse_target(target)
+    except DynqError:
+        return (folder / f"{file_safe(target)}.recipe.json").is_file()
+    return False
 
 
 def check_sizes(tasks: Iterable[Task]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from dynq import run as runner
 from dynq.errors import DynqError
-from dynq.folder import RunFolder, content_hash, file_safe
+from dynq.folder import RunFolder, content_hash, file_safe, sign
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
@@ -135,6 +135,21 @@ with RunFolder(sys.argv[1]).lock():
     assert make(RunFolder(tmp_path))
 
 
+def test_a_child_inherits_the_lock(tmp_path):
+    folder = RunFolder(tmp_path)
+    with folder.lock() as file:
+        code = "import sys; print('in', flush=True); sys.stdin.read()"
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[file.fileno()]
+        )
+        child.stdout.readline()
+        sign(file, child.pid)
+    with pytest.raises(DynqError, match=f"process {child.pid} works in this folder"), folder.lock():
+        pass
+    child.communicate()
+    assert make(folder)
+
+
 def test_damaged_state_is_said(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(DynqError, match=r"run\.json: not readable"):
@@ -239,6 +254,35 @@ def test_plan_refuses_a_folder_made_otherwise(tmp_path):
     with pytest.raises(DynqError, match="model='dynq-tiny', now it is 'other'"):
         runner.plan("other", ["3bpw"], folder)
     runner.plan("other", ["3bpw"], RunFolder(tmp_path, force=True))
+
+
+def test_plan_of_an_edited_recipe(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(DynqError, match="'mine' is not a size"):
+        runner.plan("dynq-tiny", ["3bpw", "mine"], folder)
+    (tmp_path / "mine.recipe.json").write_text("{}")
+    (tmp_path / "3bpw.recipe.json").write_text("{}")
+    tasks = runner.plan("dynq-tiny", ["3bpw", "mine"], folder)
+    steps = ["calibrate", "sensitivity", "allocate.3bpw", "export.3bpw", "export.mine", "evaluate"]
+    assert [task.step for task in tasks] == steps
+    assert tasks[-1].parameters["targets"] == ["3bpw", "mine"] and tasks[-2].parameters["target"] == "mine"
+
+
+def test_plan_as_the_folder_was_made(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step, parameters in {"calibrate": {"n_ctx": 64}, "export.3bpw": {"tune": 0}, "evaluate": {"seed": 7}}.items():
+        with folder.step(step, parameters=parameters, outputs=[]):
+            pass
+    with pytest.raises(DynqError, match="n_ctx=64, now it is 512"):
+        runner.plan("dynq-tiny", ["3bpw"], folder)
+    tasks = runner.plan("dynq-tiny", ["3bpw", "4bpw"], folder, as_made=True)
+    made = {task.step: task.parameters for task in tasks}
+    assert made["calibrate"]["n_ctx"] == 64 and made["calibrate"]["n_chunks"] == 32
+    assert (made["export.3bpw"]["tune"], made["export.4bpw"]["tune"]) == (0, 4)
+    assert (made["calibrate"]["seed"], made["evaluate"]["seed"]) == (0, 7)
+    assert made["export.3bpw"]["target"] == "3bpw" and made["evaluate"]["targets"] == ["3bpw", "4bpw"]
+    with pytest.raises(DynqError, match="n_ctx=64, now it is 128"):
+        runner.plan("dynq-tiny", ["3bpw"], folder, {"n_ctx": 128}, as_made=True)
 
 
 # --- the execution ----------------------------------------------------------------------------------------------------

@@ -2,24 +2,30 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 from test_editing import METADATA, VALUES, model, table
 
 pytest.importorskip("anywidget")
 
-from dynq_widgets import BudgetExplorer, DivergenceReader, RecipeGrid
+from dynq_widgets import BudgetExplorer, DivergenceReader, RecipeGrid, RunPanel
 from ipywidgets.widgets.widget import _instances
 
 from dynq.budget import Budget
 from dynq.checkpoint import TensorInfo
 from dynq.editing import Draft
+from dynq.errors import DynqError
 from dynq.evaluate.reading import Reading, ReadToken
 from dynq.evaluate.where import Guess
+from dynq.folder import RunFolder
+from dynq.jobs import Job
 from dynq.recipe import Recipe
 
 MIME = "application/vnd.jupyter.widget-view+json"
@@ -292,3 +298,64 @@ def test_importing_the_views_leaves_torch_alone():
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert done.stdout == "False\n", done.stderr
+
+
+# --- the run panel ----------------------------------------------------------------------------------------------------
+
+
+class _Pretended(Job):
+    """A job that starts nothing: what the panel asks for is written down."""
+
+    def start(self, last=None):
+        if last == "calibrate":
+            raise DynqError("process 7 works in this folder")
+        self.asked = last
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A folder whose job, this very process, is in its second step."""
+    folder, process = RunFolder(tmp_path), psutil.Process()
+    with folder.step("calibrate", parameters={"model": "dynq-tiny"}, outputs=[]):
+        pass
+    record = {"state": "running", "pid": process.pid, "born": process.create_time(), "error": "", "ended": None}
+    record |= {"steps": ["calibrate", "sensitivity", "evaluate"], "at": 1, "started": time.time() - 70, "written": 1.0}
+    folder.write_json("job.json", record | {"bar": f"{EVIL}: 3/4", "part": 0.75})
+    (tmp_path / "job.log").write_text(f"03_calibrate\n{EVIL}\n")
+    return _Pretended(folder)
+
+
+def test_panel_shows_the_job_of_the_folder(job):
+    panel = RunPanel(job)
+    assert MIME in panel._repr_mimebundle_()[0] and synced(panel)["shown"] == json.loads(json.dumps(panel.shown))
+    assert [state for _, state in panel.shown["steps"]] == ["done", "running", "to do", "to do", "waits"]
+    assert panel.shown["job"]["at"] == "sensitivity" and panel.shown["job"]["part"] == 0.75
+    assert re.fullmatch(r"sensitivity, .*: 3/4, 1 min 1\d s in all", panel.shown["job"]["said"])
+    assert panel.shown["log"] == ["03_calibrate", EVIL]
+    assert "innerHTML" not in panel._esm and "insertAdjacentHTML" not in panel._esm
+
+
+def test_panel_does_what_the_browser_asks(job):
+    panel = RunPanel(job)
+    panel._handle_custom_msg({"do": "look"}, [])
+    panel.do({"do": "start", "last": "sensitivity"})
+    assert job.asked == "sensitivity" and panel.message == {} and panel.shown["looks"] == 2
+    panel.do({"do": "start", "last": "calibrate"})
+    assert panel.message == {"kind": "error", "text": "process 7 works in this folder"}
+    (job.folder / "job.json").unlink()
+    panel.do({"do": "cancel"})
+    assert panel.message["text"] == "nothing runs here" and panel.shown["job"] is None
+    (job.folder / "run.json").write_text("{")
+    panel.do({"do": "look"})
+    assert panel.message["kind"] == "error" and "not readable" in panel.message["text"]
+
+
+def test_panel_s_twin(job, static):
+    bundle = RunPanel(job)._repr_mimebundle_()
+    page = _Page(bundle["text/html"])
+    assert MIME not in bundle and {"table", "pre"} <= set(page.tags)
+    assert "img" not in page.tags and page.handlers == [] and EVIL in page.text
+    for word in ("calibrate", "done", "running", "waits", "03_calibrate"):
+        assert word in page.text
+    (job.folder / "job.json").unlink()
+    assert "pre" not in _Page(RunPanel(job).twin()).tags

@@ -8,7 +8,8 @@ from dynq_widgets.block_inspector import BlockInspector
 from dynq_widgets.budget_explorer import BudgetExplorer
 from dynq_widgets.divergence_reader import DivergenceReader
 from dynq_widgets.recipe_grid import RecipeGrid
+from dynq_widgets.run_panel import RunPanel
 from dynq_widgets.scale_drag import ScaleDrag
 from dynq_widgets.view import View
 
-__all__ = ["BlockInspector", "BudgetExplorer", "DivergenceReader", "RecipeGrid", "ScaleDrag", "View"]
+__all__ = ["BlockInspector", "BudgetExplorer", "DivergenceReader", "RecipeGrid", "RunPanel", "ScaleDrag", "View"]

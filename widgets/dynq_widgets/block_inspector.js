@@ -20,7 +20,7 @@ export default {
     const blocks = element("span", { class: "dq-soft" });
     const title = element("div", { class: "dq-soft" });
     const picture = element("div", { tabindex: 0, role: "group", "aria-label": "weights and bits; arrow keys choose a weight" });
-    const detail = element("div", { class: "dq-message", "aria-live": "polite", style: "min-height: 2.8em; font-family: var(--dq-mono)" });
+    const detail = element("div", { class: "dq-message", "aria-live": "polite", style: "min-height: 2.8em; margin-top: 6px; font-family: var(--dq-mono)" });
     root.append(
       element("div", { class: "dq-row" },
         element("label", {}, "tensor ", tensor),

@@ -16,11 +16,13 @@ function dressed(node, attributes, children) {
     else if (value === true) node.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
   }
+  // JupyterLab's shortcuts for whatever has the focus (arrow keys) look at the node itself before they look above it
+  if (node.matches("button, input, select, summary, [tabindex]")) node.setAttribute("data-lm-suppress-shortcuts", "true");
   node.append(...children.filter((child) => child !== null && child !== undefined));
   return node;
 }
 
-/** The root of a view. JupyterLab's shortcuts (z, dd, arrows) stay out of it. */
+/** The root of a view. JupyterLab's shortcuts (z, dd) stay out of it. */
 function rootOf(el, name) {
   const root = element("div", { class: `dq dq-${name}`, "data-lm-suppress-shortcuts": "true" });
   el.replaceChildren(root);
@@ -34,8 +36,9 @@ function follow(model, names, handler) {
   return () => names.forEach((name) => model.off(`change:${name}`, handler));
 }
 
-/** Bytes as "6.37 MB", "8.03 GB" (powers of ten). */
+/** Bytes as "880 B", "6.370 MB", "8.030 GB" (powers of ten). */
 function bytesText(bytes) {
+  if (Math.abs(bytes) < 1e3) return `${Math.round(bytes)} B`;
   const [unit, size] = Math.abs(bytes) >= 1e9 ? ["GB", 1e9] : Math.abs(bytes) >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
   return `${digits(bytes / size, 4)} ${unit}`;
 }

@@ -89,7 +89,7 @@ class RecipeGrid(View):
             return f"{len(names)} tensors {'pinned' if what['on'] else 'let go'}"
         if action == "solve":
             draft.solve()
-            return f"all but the {len(draft.state.pinned)} pinned tensors chosen anew for {draft.totals().target}"
+            return f"all but {len(draft.state.pinned)} pinned chosen anew for {draft.totals().target}"
         if action == "undo":
             draft.undo()
             return "undone"

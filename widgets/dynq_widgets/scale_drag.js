@@ -14,7 +14,7 @@ export default {
     const line = drawn("svg", { viewBox: `0 0 ${width} 136`, width: "100%", style: `max-width: ${width}px; cursor: ew-resize; touch-action: none` },
       text(left - 8, 54, "weights", "end"), text(left - 8, 106, "levels", "end"), links,
       ...weights.map((w, i) =>
-        drawn("circle", { cx: x(w), cy: 50, r: 2 + 1.8 * Math.sqrt(importance[i]), fill: blue, "fill-opacity": 0.55 },
+        drawn("circle", { cx: x(w), cy: 50, r: 2 + 1.8 * Math.sqrt(importance[i]), fill: blue, "fill-opacity": 0.75 },
           drawn("title", {}, `weight ${i}: ${digits(w)}, importance ${digits(importance[i])}`))),
       ticks, text(x(0), 128, "0", "middle"), text(x(-ends / 1.15), 128, digits(-ends / 1.15), "middle"), text(x(ends / 1.15), 128, digits(ends / 1.15), "middle"));
 
