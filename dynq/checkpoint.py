@@ -12,17 +12,19 @@ from typing import Any
 
 import gguf
 import numpy as np
+import yaml
 
 from dynq import architectures, formats, safetensors_reader, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
-from dynq.files import load_json, sha256
+from dynq.files import load_json, read_bytes, sha256, taking_apart
 from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
 EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
+_LARGEST_CARD, _LONGEST_FRONT = 1 << 22, 1 << 16  # a model card's bytes; characters of the YAML at its top
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
@@ -106,7 +108,8 @@ class Checkpoint:
         """One tensor, float32, C-contiguous, in GGUF's layout. DynqError if it holds NaN or infinity."""
         if name not in self.tensors:
             raise DynqError(f"{self.path}: there is no tensor {name}")
-        return np.ascontiguousarray(self._read(name), dtype=np.float32)
+        with taking_apart(f"{self.path}: tensor {name}"):
+            return np.ascontiguousarray(self._read(name), dtype=np.float32)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -160,9 +163,11 @@ def _from_hub(model: str) -> Path:
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
-    shards = safetensors_reader.files(path)
-    stored = safetensors_reader.Directory(architecture, path, shards)
+    with taking_apart(path / "config.json"):
+        architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
+    with taking_apart(path):
+        shards = safetensors_reader.files(path)
+        stored = safetensors_reader.Directory(architecture, path, shards)
     if missing := [architecture.slot_of(n) for n in architecture.required() if n not in stored.shapes]:
         first = missing[0].stored.format(0) or missing[0].parameter
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {first}; fetch the model again")
@@ -182,8 +187,12 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         return extra[n] if n in extra else stored.read(n)
 
     n_weights = sum(info.n_weights for info in tensors.values())
-    metadata = _general(path, architecture, n_weights) | architecture.metadata()
-    metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    with taking_apart(path / "config.json"):
+        metadata = architecture.metadata()
+    with taking_apart(path / "README.md"):
+        metadata = _general(path, architecture, n_weights) | metadata
+    with taking_apart(f"{path}: its tokenizer"):
+        metadata |= tokenizer.from_directory(path, config["vocab_size"])
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
     return Checkpoint(name, path, architecture, metadata, tensors, read, files)
@@ -191,6 +200,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
     """The `general.*` keys: name, size and licence from the model card and the directory's name, by gguf's rules."""
+    _check_card(path / "README.md")
+    if (sampling := path / "generation_config.json").exists():
+        load_json(sampling, "")  # gguf reads it again, without a look at what it is
     card = gguf.Metadata.load(None, path, None, n_weights)
     card.name = card.name or path.name
     card.size_label = card.size_label or gguf.size_label(n_weights, n_weights, 0, 0)
@@ -200,25 +212,44 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
     return {key: value.value for key, value in writer.kv_data[0].items()}
 
 
+def _check_card(path: Path) -> None:
+    """DynqError where gguf would not get through the YAML at the top of a model card, or not soon."""
+    if not path.exists():
+        return
+    text = read_bytes(path, _LARGEST_CARD).decode("utf-8")
+    lines = text.splitlines()
+    if lines[:1] != ["---"]:
+        return
+    front = "\n".join(lines[1 : lines.index("---", 1) if "---" in lines[1:] else None]).replace("\t", "  ")
+    problem = ""
+    if len(front) > _LONGEST_FRONT:
+        problem = f"is {len(front):,} characters long"
+    else:
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, yaml.SafeLoader)):
+                problem = "has aliases, by which a few lines become millions"
+            else:
+                yaml.safe_load(front)
+        except (yaml.YAMLError, RecursionError):
+            problem = "is no readable YAML"
+    if problem:
+        raise DynqError(f"{path}: the YAML at its top {problem}; shorten or delete the file")
+
+
 # --- GGUF files -----------------------------------------------------------------------------------------------------
 
 
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
-    try:
-        reader = Reader(path)
+    safetensors_reader.check_no_pickle(path)
+    reader = Reader(path)
+    with taking_apart(path):
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        # NumPy's word for data that end early
-        reason = "tensors reach past its end" if "reshape" in str(error) else error
-        raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
     if fields.get("split.count", 0) > 1:
         raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
-    architecture = architectures.for_gguf(fields, shapes)
+    with taking_apart(path):
+        architecture = architectures.for_gguf(fields, shapes)
     tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
     for n in tensors:
         architecture.slot_of(n)  # raises for a tensor that the family does not have

@@ -38,7 +38,7 @@ def load_model(
     attention = "eager" if settings.get("attn_logit_softcapping") else "sdpa"  # sdpa has no soft cap
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention
+            config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
@@ -79,5 +79,8 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer: the directory's tokenizer.json, or one rebuilt from the GGUF metadata."""
     if (checkpoint.path / "tokenizer.json").is_file():
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        except Exception as error:  # its own, the tokenizers library's and Python's errors
+            raise DynqError(f"{checkpoint.path}: transformers does not open its tokenizer: {error}") from error
     return tokenizer.from_gguf(checkpoint.metadata)
