@@ -1,9 +1,9 @@
 """A model's chat template, filled in by a process of its own.
 
-A template is a program of a stranger. transformers runs it in jinja's sandbox, which keeps it from files and from Python,
-but not from loops without end or texts without bounds, and a single step can take minutes that no signal interrupts. So
-it runs where it can be ended: in a child that lives on between conversations, with half a second of computing for each
-and a limit to its memory.
+A template is a program of a stranger. transformers runs it in jinja's sandbox, which keeps it from files and from
+Python, but not from loops without end or texts without bounds, and a single step can take minutes that no signal
+interrupts. So it runs where it can be ended: in a child that lives on between conversations, with half a second of
+computing for each and a limit to its memory.
 """
 
 import atexit
@@ -89,7 +89,7 @@ def _end() -> None:
 
 
 def _serve() -> None:
-    """Answer requests, one a line, until the parent is gone. The system ends the process where it goes beyond limits."""
+    """Answer requests, one a line, until the parent is gone. Beyond its limits the system ends the process."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()

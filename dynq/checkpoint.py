@@ -191,8 +191,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         metadata = architecture.metadata()
     with taking_apart(path / "README.md"):
         metadata = _general(path, architecture, n_weights) | metadata
-    with taking_apart(f"{path}: its tokenizer"):
-        metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    metadata |= tokenizer.from_directory(path, config["vocab_size"])
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
     return Checkpoint(name, path, architecture, metadata, tensors, read, files)

@@ -99,7 +99,7 @@ def load_json(path: Path, meaning: str) -> dict[str, Any]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A file's bytes. DynqError if it is longer than `most`, no file (a pipe, say, would never end), or not readable."""
+    """A file's bytes. DynqError if it is longer than `most`, no file (a pipe would never end), or not readable."""
     if not path.is_file():
         raise DynqError(f"{path}: not a file")
     try:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import dynq
 from dynq.errors import DynqError
-from dynq.files import replacing, sha256
+from dynq.files import load_json, replacing, sha256, taking_apart
 from dynq.progress import progress
 
 if TYPE_CHECKING:
@@ -74,12 +74,16 @@ class RunFolder:
     @property
     def state(self) -> dict[str, Any]:
         """The contents of ``run.json``; without steps where there is none yet."""
-        try:
-            state: dict[str, Any] = json.loads((self / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = self / "run.json"
+        if not path.exists():
             return {"steps": {}}
-        except (ValueError, OSError) as error:
-            raise DynqError(f"{self / 'run.json'}: not readable ({error}); delete it, the run starts anew") from None
+        try:
+            state = load_json(path, "")
+        except DynqError as error:
+            raise DynqError(f"{path}: not readable ({error}); delete it, the run starts anew") from None
+        steps = state.get("steps")
+        if not isinstance(steps, dict) or not all(map(_is_step, steps.values())) or not _is_finite(state):
+            raise DynqError(f"{path}: not the record of a run; delete it, the run starts anew")
         return state
 
     def write_json(self, name: str, value: Any) -> None:
@@ -94,6 +98,10 @@ class RunFolder:
             return json.loads((self / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DynqError(f"{self / name}: not there yet; run the notebooks before this one first") from None
+        except (ValueError, RecursionError) as error:
+            raise DynqError(
+                f"{self / name}: not readable as JSON ({error}); make the step that wrote it anew"
+            ) from None
 
     def checkpoint(self) -> "Checkpoint":
         """The model that the folder was calibrated with. DynqError where there is none, or where it has changed."""
@@ -102,8 +110,11 @@ class RunFolder:
         made = self.state["steps"].get("calibrate")
         if not made or made["state"] != "done":
             raise DynqError(f"{self.path}: nothing is calibrated here; run notebook 03_calibrate in it first")
-        checkpoint = open_checkpoint(made["parameters"]["model"], made["parameters"]["allow_requantize"])
-        if checkpoint.fingerprint != made["inputs"]["model"]:
+        with taking_apart(self / "run.json"):
+            model, requantize = str(made["parameters"]["model"]), bool(made["parameters"]["allow_requantize"])
+            fingerprint = made["inputs"]["model"]
+        checkpoint = open_checkpoint(model, requantize)
+        if checkpoint.fingerprint != fingerprint:
             raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
         return checkpoint
 
@@ -248,6 +259,19 @@ def _lock(file: TextIO, path: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+
+
+def _is_step(value: Any) -> bool:
+    kinds = {"state": str, "parameters": dict, "inputs": dict, "outputs": dict}
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    try:
+        json.dumps(state, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _holds_something(path: Path) -> bool:

@@ -153,6 +153,8 @@ def read_imatrix(path: str | Path) -> Importance:
     Raises DynqError naming the file if it is missing, truncated, no importance matrix, or holds impossible values.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DynqError(f"{path}: the importance matrix cannot be read: not a file")
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
@@ -244,7 +246,7 @@ def _read_legacy(path: Path) -> Importance:
         name, calls, n = text(), integer(), integer()
         if n < 1 or calls < 0 or not name or name in entries:
             raise DynqError(
-                f"{path}: no importance matrix (entry {name!r} with {n} values and {calls} calls, entry {len(entries)}); "
+                f"{path}: no importance matrix (entry {len(entries)}, {name!r}, has {n} values and {calls} calls); "
                 "make it anew"
             )
         entries[name] = calls or 1, take(4 * n).view("<f4")  # without calls the values are means already

@@ -55,6 +55,11 @@ def from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
     Raises:
         DynqError: no tokenizer, one of another kind, or a pre-tokenizer that llama.cpp has no name for.
     """
+    with taking_apart(f"{path}: its tokenizer"):
+        return _from_directory(path, vocab_size)
+
+
+def _from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
     keys: dict[str, Any]
     fast, spm, mistral = (path / name for name in ("tokenizer.json", "tokenizer.model", "tekken.json"))
     loaded = _object(fast)

@@ -36,6 +36,7 @@ def load_model(
     settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     attention = "eager" if settings.get("attn_logit_softcapping") else "sdpa"  # sdpa has no soft cap
+    _check_size(checkpoint, config)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
@@ -52,6 +53,18 @@ def load_model(
     if missing:
         raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
     return model.eval()
+
+
+def _check_size(checkpoint: Checkpoint, config: Any) -> None:
+    """DynqError where the config describes another size than the checkpoint has, before memory is taken for it."""
+    with torch.device("meta"), no_init_weights():
+        described = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    n = sum(parameter.numel() for parameter in described.parameters())
+    if n > 2 * checkpoint.n_weights:  # a tied head counts twice
+        raise DynqError(
+            f"{checkpoint.path}: config.json describes a model of {n:,} weights, its tensors hold "
+            f"{checkpoint.n_weights:,}; fetch it again"
+        )
 
 
 def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.ndarray) -> None:
