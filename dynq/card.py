@@ -93,7 +93,7 @@ def recipe_table(recipe: Recipe, checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """A text for Markdown, where it says what it says: no markup of either kind, no new line, no end of a table cell."""
+    """A text for Markdown that says what it says: no markup of either kind, no new line, no end of a table cell."""
     return re.sub(r"[^\w\s.,:;()+/=~@%-]", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from dynq.progress import progress
 EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
-_LARGEST_CARD, _LONGEST_FRONT = 1 << 22, 1 << 16  # a model card's bytes; characters of the YAML at its top
+# a model card's bytes; characters, and brackets within brackets, of the YAML at its top
+_LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 16, 50
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
@@ -139,10 +141,11 @@ def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkp
     if str(model) == EMBEDDED:
         return _open_directory(Path(__file__).parent / "data" / EMBEDDED, EMBEDDED)
     path = Path(model).expanduser()
-    if path.is_file():
-        return _open_gguf(path, allow_requantize)
-    if path.is_dir():
-        return _open_directory(path, path.resolve().name)
+    with taking_apart(path):
+        if path.is_file():
+            return _open_gguf(path, allow_requantize)
+        if path.is_dir():
+            return _open_directory(path, path.resolve().name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model)):
         return _open_directory(_from_hub(str(model)), str(model).partition("/")[2])
     raise DynqError(f"{model}: no such file or directory, and not a hub id (owner/name)")
@@ -165,9 +168,8 @@ def _from_hub(model: str) -> Path:
 def _open_directory(path: Path, name: str) -> Checkpoint:
     with taking_apart(path / "config.json"):
         architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
-    with taking_apart(path):
-        shards = safetensors_reader.files(path)
-        stored = safetensors_reader.Directory(architecture, path, shards)
+    shards = safetensors_reader.files(path)
+    stored = safetensors_reader.Directory(architecture, path, shards)
     if missing := [architecture.slot_of(n) for n in architecture.required() if n not in stored.shapes]:
         first = missing[0].stored.format(0) or missing[0].parameter
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {first}; fetch the model again")
@@ -187,10 +189,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         return extra[n] if n in extra else stored.read(n)
 
     n_weights = sum(info.n_weights for info in tensors.values())
-    with taking_apart(path / "config.json"):
-        metadata = architecture.metadata()
-    with taking_apart(path / "README.md"):
-        metadata = _general(path, architecture, n_weights) | metadata
+    metadata = _general(path, architecture, n_weights) | architecture.metadata()
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
@@ -220,9 +219,10 @@ def _check_card(path: Path) -> None:
     if lines[:1] != ["---"]:
         return
     front = "\n".join(lines[1 : lines.index("---", 1) if "---" in lines[1:] else None]).replace("\t", "  ")
+    nested = accumulate((mark in "[{") - (mark in "]}") for mark in front)
     problem = ""
-    if len(front) > _LONGEST_FRONT:
-        problem = f"is {len(front):,} characters long"
+    if len(front) > _LONGEST_FRONT or max(nested, default=0) > _DEEPEST:  # PyYAML takes the square of the depth
+        problem = f"is {len(front):,} characters long, or nested deeper than {_DEEPEST} brackets"
     else:
         try:
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, yaml.SafeLoader)):
@@ -241,14 +241,12 @@ def _check_card(path: Path) -> None:
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     safetensors_reader.check_no_pickle(path)
     reader = Reader(path)
-    with taking_apart(path):
-        fields = {key: field.contents() for key, field in reader.fields.items()}
+    fields = {key: field.contents() for key, field in reader.fields.items()}
     if fields.get("split.count", 0) > 1:
         raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
-    with taking_apart(path):
-        architecture = architectures.for_gguf(fields, shapes)
+    architecture = architectures.for_gguf(fields, shapes)
     tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
     for n in tensors:
         architecture.slot_of(n)  # raises for a tensor that the family does not have

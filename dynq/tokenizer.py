@@ -207,7 +207,7 @@ def _sentencepiece_model(file: Path, loaded: dict[str, Any], vocab_size: int) ->
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_proto=read_bytes(file, _LARGEST_MODEL))
+        model = SentencePieceProcessor(model_proto=read_bytes(file, _LARGEST_MODEL) or b"nothing")
     except (OSError, RuntimeError):
         raise DynqError(f"{file}: not a SentencePiece model; fetch it again") from None
     texts: list[str | None] = [None] * vocab_size

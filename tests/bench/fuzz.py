@@ -51,7 +51,7 @@ SECONDS, BYTES, HANG = 2.0, 500e6, 60.0
 _SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
 _NUMBERS = [0, 1, 2, 3, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
 _VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 3, 10**9, 2**60, 10**30, 0.5, -1e308, 1e999, float("nan"), "", "x", "../../x", "/etc/passwd",
+    None, True, False, -1, 0, 1, 3, 10**9, 2**60, 10**30, 0.5, -1e308, 1e999, float("nan"), "", "x", "../../x", "/x",
     "a\0b", "\ud800", "\u202e", "<img src=x>", [], [[]], {}, {"a": []}, [1, 2], ["x"] * 3, "9" * 5000, [0] * 5000,
 ]  # fmt: skip
 _TEMPLATE = (
@@ -253,8 +253,8 @@ def _change_json(data: bytes, rng: random.Random) -> bytes:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def one(number: int, seed: int, found: dict[str, Reader], work: Path) -> tuple[str, str, str]:
-    """Reader, outcome and details of one input. Its files stay in `work`."""
+def one(number: int, seed: int, found: dict[str, Reader], work: Path, keep: Path | None) -> tuple[str, str, str]:
+    """Reader, outcome and details of one input, which is written in `work`, and kept where it must not be so."""
     rng = random.Random(f"{seed}/{number}")
     kind = rng.choice(list(found))
     reader = found[kind]
@@ -284,14 +284,13 @@ def one(number: int, seed: int, found: dict[str, Reader], work: Path) -> tuple[s
         outcome, details = "slow", f"{time.process_time() - start:.1f} s, {outcome} {details}"
     if used * 1024 > BYTES:
         outcome, details = "large", f"{used >> 10} MiB, {outcome} {details}"
-    if outcome in ("taken", "refused"):
-        path.write_bytes(sound)
-        if reader.folder.name == "run":
-            shutil.rmtree(folder)
+    if keep is not None and outcome not in ("taken", "refused"):
+        shutil.copytree(folder, keep / str(number), dirs_exist_ok=True)
+    shutil.rmtree(folder) if reader.folder.name == "run" else path.write_bytes(sound)
     return kind, outcome, details
 
 
-def _piece(numbers: range, seed: int, found: dict[str, Reader], work: Path) -> tuple[int, int]:
+def _piece(numbers: range, *how: Any) -> tuple[int, int]:
     """A child that runs some inputs: its process id, and the pipe on which it tells of each."""
     read, write = os.pipe()
     child = os.fork()
@@ -303,7 +302,7 @@ def _piece(numbers: range, seed: int, found: dict[str, Reader], work: Path) -> t
         chat_template._child = None  # the parent's
         with os.fdopen(write, "w") as told:
             for number in numbers:
-                told.write(json.dumps(one(number, seed, found, work)) + "\n")
+                told.write(json.dumps(one(number, *how)) + "\n")
                 told.flush()
         chat_template._end()
     finally:
@@ -317,7 +316,8 @@ def run(first: int, inputs: int, seed: int, found: dict[str, Reader], keep: Path
     number, last = first, first + inputs
     while number < last:
         work = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        child, pipe = _piece(range(number, min(number + 500, last)), seed, found, work)
+        piece = range(number, min(number + 500, last))
+        child, pipe = _piece(piece, seed, found, work, keep)
         with os.fdopen(pipe, "rb", buffering=0) as told:
             buffer, ended = b"", False
             while not ended:
@@ -334,8 +334,7 @@ def run(first: int, inputs: int, seed: int, found: dict[str, Reader], keep: Path
                 ended = not data
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        expected = number == last or (number - first) % 500 == 0
-        if not expected:
+        if number < piece.stop:
             kind = random.Random(f"{seed}/{number}").choice(list(found))
             outcome = "crash" if ready else "hang"
             counts[kind, outcome] += 1
@@ -358,7 +357,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         found = readers(Path(root))
         if args.inputs == 1:
-            print(*one(args.first, args.seed, found, Path(tempfile.mkdtemp())), sep="\n")
+            print(*one(args.first, args.seed, found, Path(tempfile.mkdtemp()), args.keep), sep="\n")
             return 0
         start = time.time()
         counts, bad = run(args.first, args.inputs, args.seed, found, args.keep)
