@@ -26,7 +26,7 @@ EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
 # a model card's bytes; characters, and brackets within brackets, of the YAML at its top
-_LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 16, 50
+_LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 15, 50
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")

@@ -16,7 +16,7 @@ from dynq.errors import DynqError
 _STEP = 1 << 24  # bytes read at once
 # JSON of strangers. The largest of a model is a vocabulary (Gemma 4: 33 MB, 2.2 million commas, colons and brackets);
 # Python makes up to a hundred bytes of each.
-_MOST_BYTES, _MOST_MARKS = 1 << 26, 4_000_000
+_MOST_BYTES, _MOST_MARKS = 1 << 26, 3_000_000
 
 
 def sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:

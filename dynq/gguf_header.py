@@ -23,10 +23,11 @@ Header = tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Twice what the largest vocabularies need (Gemma 4: 262,144 tokens, 514,906 merges, 16 MB), and many times the
+# More than the largest vocabularies need (Gemma 4: 262,144 tokens, 514,906 merges, 16 MB), and several times the
 # tensors of the largest models (1,800).
-_MOST_STRINGS, _MOST_NUMBERS, _MOST_BYTES = 1_500_000, 4_000_000, 1 << 26
-_MOST_ENTRIES, _MOST_AXES, _LONGEST_NAME = 1 << 14, 4, 1 << 10
+_MOST_STRINGS, _MOST_NUMBERS, _MOST_BYTES = 1 << 20, 1 << 22, 1 << 26
+_MOST_ENTRIES, _MOST_AXES, _LONGEST_NAME = 1 << 13, 4, 1 << 10
+_length = struct.Struct("<Q").unpack_from
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _parse(view: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, _Tens
             n = count(_MOST_STRINGS - n_strings, "texts in its lists")
             n_strings += n
             for _ in range(n):
-                at += 8 + int.from_bytes(view[at : at + 8], "little")
+                at += 8 + _length(view, at)[0]
                 if at > size:
                     raise EOFError
         elif kind in _SCALARS:

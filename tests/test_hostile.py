@@ -200,7 +200,7 @@ SAFETENSORS: dict[str, tuple[Any, str]] = {
     "a list": ([], "damaged"),
     "type": ({EMBED: entry(0, 32, 8, dtype="F4")}, "type F4, which is not read"),
     "type that is a list": ({EMBED: entry(0, 32, 8) | {"dtype": []}}, "damaged"),
-    "twice": (f'{{"{EMBED}": {json.dumps(entry(0, 32, 8))}, "{EMBED}": {json.dumps(entry(32, 64, 8))}}}', "there twice"),
+    "twice": (f'{{"a": {json.dumps(entry(0, 32, 8))}, "a": {json.dumps(entry(32, 64, 8))}}}', "there twice"),
     "deep": ("[" * 100_000, "nested too deep"),
     "no text": (b"\xff\xfe\xfd", "not readable as JSON"),
     "number of a million digits": ('{"a": ' + "9" * 10**6 + "}", "not readable as JSON"),
@@ -227,8 +227,9 @@ def test_headers_longer_than_the_file_or_any_model(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b.safetensors", "C:x.safetensors", "..", "", 7,
-             "x\0.safetensors", "config.json", ".safetensors\n", None, ["x"]],
+    "name",
+    ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b.safetensors", "C:x.safetensors", "..", "", 7,
+     "x\0.safetensors", "config.json", ".safetensors\n", None, ["x"]],
 )  # fmt: skip
 def test_index_names_no_file_elsewhere(name: Any, model: Path) -> None:
     (model.parent / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
@@ -258,17 +259,12 @@ def test_pickles_are_refused_unopened(name: str, model: Path, tmp_path: Path) ->
 
 
 def test_nothing_loads_pickles_or_strangers_code() -> None:
-    for path in [
-        *(ROOT / "dynq").rglob("*.py"),
-        *(ROOT / "widgets").rglob("*.py"),
-        *(ROOT / "notebooks").glob("*.ipynb"),
-    ]:
-        source = path.read_text(encoding="utf-8")
-        assert not re.search(
-            r"torch\.load|^\s*import pickle|allow_pickle=True|trust_remote_code=True|np\.load\(|unsafe_load|(?<![.\w])(eval|exec)\(",
-            source,
-            re.M,
-        ), path
+    words = r"torch\.load|import pickle|allow_pickle=True|trust_remote_code=True|np\.load\(|unsafe_load|yaml\.load\("
+    sources = [path for kind in ("py", "ipynb") for part in ("dynq", "widgets", "notebooks")
+               for path in (ROOT / part).rglob(f"*.{kind}")]  # fmt: skip
+    assert len(sources) > 80
+    for path in sources:
+        assert not re.search(rf"{words}|(?<![.\w])(eval|exec)\(", path.read_text(encoding="utf-8")), path
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -277,7 +273,7 @@ def test_nothing_loads_pickles_or_strangers_code() -> None:
 def test_json_that_no_model_has(tmp_path: Path) -> None:
     refused(lambda: parse_json(b"[" * 10**6, "x"), "x: JSON nested too deep")
     refused(lambda: parse_json(b'{"a":' * 10**5, "x"), "nested too deep")
-    refused(lambda: parse_json(b"[" + b"[]," * 3_000_000 + b"1]", "x"), "more than any model has")
+    refused(lambda: parse_json(b"[" + b"[]," * 1_600_000 + b"1]", "x"), "more than any model has")
     refused(lambda: parse_json(b'"' + b"x" * (1 << 26) + b'"', "x"), "more than any model has")
     refused(lambda: parse_json(b"\xff", "x"), "not readable as JSON")
     os.mkfifo(tmp_path / "pipe")
@@ -330,9 +326,9 @@ def test_a_config_larger_than_its_weights(model: Path) -> None:
     [
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: *b", "has aliases"),
         ("a: " + "[" * 5000, "nested deeper than 50 brackets"),
-        ("- " * 30_000, "no readable YAML"),
+        ("- " * 15_000, "no readable YAML"),
         ("a: [", "no readable YAML"),
-        ("a: " + "x" * 70_000, "70,003 characters"),
+        ("a: " + "x" * 40_000, "40,003 characters"),
         ("!!python/object/apply:os.system ['true']", "no readable YAML"),
     ],
 )
@@ -475,7 +471,7 @@ def test_template_is_filled_in_as_by_transformers(sound: Path) -> None:
         assert ours == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
 
 
-# --- at random, and what it costs ---------------------------------------------------------------------------------------
+# --- at random --------------------------------------------------------------------------------------------------------
 
 
 def test_damaged_at_random(tmp_path: Path) -> None:

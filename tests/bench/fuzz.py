@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import random
@@ -78,7 +79,8 @@ def _read_model(path: Path, allow_requantize: bool = True) -> Any:
 
 def _read_run(path: Path) -> None:
     folder = RunFolder(path)
-    with folder.step("calibrate-text", parameters={"text": "", "n_ctx": 64}, outputs=["out.json"]) as todo:
+    step = folder.step("calibrate-text", parameters={"text": "", "n_ctx": 64}, outputs=["out.json"])
+    with contextlib.redirect_stdout(None), step as todo:
         if todo:
             folder.write_json("out.json", {})
 
