@@ -82,7 +82,7 @@ class RunFolder:
         except DynqError as error:
             raise DynqError(f"{path}: not readable ({error}); delete it, the run starts anew") from None
         steps = state.get("steps")
-        if not isinstance(steps, dict) or not all(map(_is_step, steps.values())) or not _is_finite(state):
+        if not isinstance(steps, dict) or not all(map(_is_step, steps.values())) or not _can_be_written(state):
             raise DynqError(f"{path}: not the record of a run; delete it, the run starts anew")
         return state
 
@@ -266,9 +266,10 @@ def _is_step(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
-def _is_finite(state: dict[str, Any]) -> bool:
+def _can_be_written(state: dict[str, Any]) -> bool:
+    """Without infinite numbers and halves of characters, which JSON can hold."""
     try:
-        json.dumps(state, allow_nan=False)
+        json.dumps(state, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
         return False
     return True

@@ -148,7 +148,8 @@ def files(path: Path) -> list[Path]:
         names = sorted(set(load_json(index, "no index").get("weight_map", {}).values()))
         for name in names:
             # a plain name has no slash, no backslash, no drive and no dots alone
-            if name != PureWindowsPath(name).name or not name.endswith(".safetensors") or not name.isprintable():
+            plain = name == PureWindowsPath(name).name and name.isprintable() and len(name.encode()) < 256
+            if not plain or not name.endswith(".safetensors"):
                 raise DynqError(f"{index}: {name!r} is no name of a safetensors file beside it; fetch it again")
     for name in names:
         if not (path / name).is_file():

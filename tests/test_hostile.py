@@ -229,7 +229,7 @@ def test_headers_longer_than_the_file_or_any_model(model: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "a\\b.safetensors", "C:x.safetensors", "..", "", 7,
-     "x\0.safetensors", "config.json", ".safetensors\n", None, ["x"]],
+     "x\0.safetensors", "config.json", "x" * 300 + ".safetensors", ".safetensors\n", None, ["x"]],
 )  # fmt: skip
 def test_index_names_no_file_elsewhere(name: Any, model: Path) -> None:
     (model.parent / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
@@ -393,6 +393,9 @@ def test_recipe_names_are_lines_of_their_own(tmp_path: Path) -> None:
 def test_run_json_that_is_none(steps: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"steps": steps}))
     refused(lambda: RunFolder(tmp_path).state, "run.json: not the record of a run; delete it")
+    for value in (float("inf"), "\ud800"):
+        (tmp_path / "run.json").write_text(json.dumps({"steps": {}, "dynq": value}))
+        refused(lambda: RunFolder(tmp_path).state, "not the record of a run")
 
 
 def test_logits_whose_size_wraps_around(tmp_path: Path) -> None:
