@@ -97,6 +97,16 @@ def parse_target(text: str) -> Target:
     return Target(text, "bpw", number, "bpw")
 
 
+def parse_bytes(text: str) -> int | None:
+    """Bytes of a size such as "5GB"; None for "". DynqError for anything else."""
+    if not text:
+        return None
+    target = parse_target(text)
+    if target.kind != "file":
+        raise DynqError(f'size {text!r}: write it as "5GB" or "500MB"')
+    return math.floor(target.value)
+
+
 def parse_pins(texts: Iterable[str]) -> dict[str, str]:
     """["token_embd.weight=Q8_0", "blk.*.attn_v.weight>=Q5_K"] as the `pins` of `allocate`; DynqError if malformed."""
     pins: dict[str, str] = {}
@@ -150,7 +160,7 @@ def allocate(
 
     table: columns tensor, format, predicted_kld (nats per token); one row per candidate. Candidates that llama.cpp's
     row fallback makes the same format are one; bytes are computed from the shapes.
-    checkpoint_tensors: every tensor of the file; those not quantizable are stored as F32.
+    checkpoint_tensors: every tensor of the file; those not quantizable are kept as they are.
     metadata: the GGUF's key/values (alignment, and what llama.cpp's mixes depend on). header_bytes: bytes of the file
     before tensor data, for targets in bytes, where each tensor's padding counts as well.
     pins: glob over tensor names -> format, or ">=FORMAT" or "<=FORMAT" (bounds in bits per weight); where several
@@ -214,7 +224,7 @@ class Problem:
         options = _candidates(table, checkpoint_tensors, pins or {}, profile)
 
         align = int(metadata.get("general.alignment", 32)) if target.kind == "file" else 1
-        outside = sum(_pad(_stored("F32", tuple(info.shape))[1], align) for info in fixed)
+        outside = sum(_pad(formats.tensor_bytes(info.kept, tuple(info.shape)), align) for info in fixed)
         outside += header_bytes if target.kind == "file" else 0
         padded = {name: [Option(f, _pad(size, align), loss) for f, size, loss in row] for name, row in options.items()}
         problem = cls(target, checkpoint_tensors, padded, 0, outside, dict(pins or {}), profile or "all")
@@ -251,7 +261,7 @@ class Problem:
     def recipe(self, taken: Mapping[str, str], provenance: Mapping[str, Any]) -> Recipe:
         """The recipe of one format for each tensor of `options`; predicted_kld is the sum of the losses."""
         chosen = self.chosen(taken)
-        every = {name: taken[name] if name in chosen else "F32" for name in self.tensors}
+        every = {name: taken[name] if name in chosen else info.kept for name, info in self.tensors.items()}
         tensor_bytes = sum(_stored(fmt, tuple(self.tensors[name].shape))[1] for name, fmt in every.items())
         n_weights = sum(math.prod(info.shape) for info in self.tensors.values())
         used = self.budget - self.room + sum(option.bytes for option in chosen.values())

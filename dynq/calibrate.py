@@ -3,9 +3,16 @@
 Importance is llama.cpp's: for every linear layer the sum over tokens of x_j^2 for each input channel j (tools/imatrix
 of llama.cpp), written as ``imatrix.gguf``. The head is collected too, as ``llama-imatrix --process-output`` does; in a
 tied model it stands under ``token_embd.weight``, because that is the tensor that multiplies.
+
+Each sequence is computed by one thread, several side by side, and is written by itself; sums run over sequences in
+their order. So the result is the same bytes whatever the number of threads.
 """
 
 import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +21,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from dynq import layerwise
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.files import replacing
-from dynq.fisher import Fisher, batch_samples, true_fisher_backward
+from dynq.fisher import Fisher, sequence_samples, true_fisher_backward
 from dynq.folder import RunFolder
 from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.progress import progress
@@ -33,51 +41,180 @@ def calibrate(
     folder: Path,
     *,
     seed: int = 0,
-    batch: int = 4,
+    threads: int | None = None,
     keep: int = 1024,
     source: str = "",
 ) -> Importance:
     """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
 
-    tokens: int32 ``[n_chunks, n_ctx]``; model: the float32 transformers model of the checkpoint; batch: sequences that
-    go through it at once; keep: Fisher samples per layer over all batches; source: said in the imatrix as its data
-    set. Batches that are there already are not computed again, so an interrupted calibration goes on where it stopped:
-    the caller clears ``fisher/`` when the inputs have changed.
+    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint; threads: sequences that are
+    computed at once on a CPU; keep: Fisher samples per layer over all sequences; source: said in the imatrix as its
+    data set. Sequences that are there already are not computed again, so an interrupted calibration goes on where it
+    stopped: the caller clears ``fisher/`` when the inputs have changed.
+
+    A model whose layers are read one by one (`layerwise.reader`) is computed layer by layer: a part of ``fisher/`` for
+    each sequence and layer, the same samples in all.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise DynqError(f"calibration text of shape {tokens.shape}: need [chunks, tokens per chunk >= 2]")
     fisher = folder / "fisher"
     fisher.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(model, checkpoint)
-    if any(parameter.ndim == 3 for parameter in recorder.units.values()):
-        batch = 1  # an expert's tokens do not tell which sequence they are of
-    starts = range(0, len(tokens), batch)
-    todo = [(i, start) for i, start in enumerate(starts) if not (fisher / f"{i:05d}.safetensors").exists()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for i, start in progress(todo, desc="calibrate", unit="batch"):
-        recorder.clear()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        ids = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(model.device)
-        with recorder:
-            log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float(), dim=-1)
-        true_fisher_backward(log_p, generator)
-        share = -(-keep * len(ids) // len(tokens))
-        samples, groups = batch_samples(recorder, len(ids), share, generator)
-        batch_of = {
-            "tokens": ids.numel(),
-            "groups": groups,
-            "tensors": recorder.tensors,
-            "shapes": {unit: list(parameter.shape) for unit, parameter in recorder.units.items()},
-            "flipped": sorted(recorder.flipped),
-        }
-        with replacing(fisher / f"{i:05d}.safetensors") as beside:
-            # one key: safetensors writes several in an order that changes from run to run
-            save_file(samples, beside, {"batch": json.dumps(batch_of)})
-    recorder.clear()
+    job = _Job(checkpoint, model, tokens, fisher, seed, -(-keep // len(tokens)))
+    reader = layerwise.reader(model)
+    with one_thread_each(threads if model.device.type == "cpu" else 1) as workers:
+        if reader:
+            _layer_by_layer(job, reader, workers, folder)
+        else:
+            _at_once(job, workers)
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
+
+
+@contextmanager
+def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Workers whose torch operations take one thread each: what they compute does not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads or before) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(before)
+
+
+def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterable[int], bar: Any) -> None:
+    """A step for each item; what has not begun is left out when one fails or the user interrupts."""
+    futures = [workers.submit(step, item) for item in items]
+    try:
+        for future in futures:
+            future.result()
+            bar.update(1)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a calibration computes with: `share` Fisher samples per layer of each sequence, written to `fisher`."""
+
+    checkpoint: Checkpoint
+    model: Any
+    tokens: np.ndarray
+    fisher: Path
+    seed: int
+    share: int
+
+    def ids(self, i: int) -> torch.Tensor:
+        return torch.from_numpy(self.tokens[i : i + 1].astype(np.int64)).to(self.model.device)
+
+    def recorder(self) -> Recorder:
+        return Recorder(self.model, self.checkpoint)
+
+    def backward(self, i: int, logits: torch.Tensor) -> None:
+        """The backward pass of sequence i from its logits, with labels that are its own."""
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        true_fisher_backward(log_p, torch.Generator().manual_seed(self.seed * 1_000_003 + i))
+
+    def save(self, i: int, recorder: Recorder, part: str = "") -> list[str]:
+        """Write the samples of what was recorded of sequence i; the units that these are."""
+        units = recorder.used
+        samples, groups = sequence_samples(recorder, self.share, self.seed * 1_000_003 + i)
+        about = {
+            "tokens": self.tokens.shape[1] if HEAD in units else 0,
+            "groups": {first: groups[first] for first in sorted(groups)},
+            "tensors": {name: unit for name, unit in recorder.tensors.items() if unit in units},
+            "shapes": {unit: list(recorder.units[unit].shape) for unit in units},
+            "flipped": sorted(recorder.flipped),
+        }
+        with replacing(self.fisher / f"{i:05d}{part}.safetensors") as beside:
+            # one key: safetensors writes several in an order that changes from run to run
+            save_file(samples, beside, {"about": json.dumps(about)})
+        return units
+
+
+def _at_once(job: _Job, workers: ThreadPoolExecutor) -> None:
+    def one(i: int) -> None:
+        recorder = job.recorder()
+        with recorder:
+            logits = job.model(input_ids=job.ids(i), use_cache=False).logits
+        job.backward(i, logits)
+        recorder.check_used(recorder.used)
+        job.save(i, recorder)
+
+    todo = [i for i in range(len(job.tokens)) if not (job.fisher / f"{i:05d}.safetensors").exists()]
+    with progress(total=len(todo), desc="calibrate", unit="sequence") as bar:
+        each(workers, one, todo, bar)
+
+
+def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExecutor, folder: Path) -> None:
+    """All sequences through a layer, then the next layer; what each is given, later its gradient, is kept on disk."""
+    model, everyone = job.model, range(len(job.tokens))
+    layers = layerwise.decoder_layers(model)
+    recorders = [job.recorder() for _ in everyone]  # of the embedding
+    entered = []
+    for i in everyone:
+        with recorders[i]:
+            entered.append(layerwise.enter(model, job.ids(i)))
+    shape = entered[0].hidden.shape[1:]
+    with TemporaryDirectory(dir=folder, prefix="layers-", ignore_cleanup_errors=True) as beside:
+        kept = np.memmap(Path(beside) / "hidden.f32", np.float32, "w+", shape=(len(layers) + 1, len(everyone), *shape))
+
+        def read(layer: int, i: int) -> torch.Tensor:
+            return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device, model.dtype)
+
+        def write(layer: int, i: int, values: torch.Tensor | None) -> None:
+            assert values is not None  # a gradient is there once the backward pass has run
+            kept[layer, i] = values.detach().float().cpu().numpy()[0]
+
+        def forward(layer: int) -> Callable[[int], None]:
+            def one(i: int) -> None:
+                args, kwargs = entered[i].calls[layer]
+                with torch.no_grad():
+                    write(layer + 1, i, layers[layer](read(layer, i), *args, **kwargs))
+
+            return one
+
+        used: set[str] = set()
+
+        def head(i: int) -> None:
+            recorder, hidden = job.recorder(), read(len(layers), i).requires_grad_()
+            with recorder:
+                logits = layerwise.leave(model, hidden)
+            job.backward(i, logits)
+            write(len(layers), i, hidden.grad)
+            used.update(job.save(i, recorder, ".head"))
+
+        def backward(layer: int) -> Callable[[int], None]:
+            def one(i: int) -> None:
+                args, kwargs = entered[i].calls[layer]
+                recorder, hidden = job.recorder(), read(layer, i).requires_grad_()
+                with recorder:
+                    out = layers[layer](hidden, *args, **kwargs)
+                out.backward(read(layer + 1, i))
+                write(layer, i, hidden.grad)
+                used.update(job.save(i, recorder, f".{layer:05d}"))
+
+            return one
+
+        for i in everyone:
+            write(0, i, entered[i].hidden)
+        steps = (2 * len(layers) + 1) * len(everyone)
+        with progress(total=steps, desc="calibrate layer by layer", unit="step") as bar:
+            for layer in range(len(layers)):
+                reader.load(layer)
+                each(workers, forward(layer), everyone, bar)
+            each(workers, head, everyone, bar)
+            for layer in reversed(range(len(layers))):
+                reader.load(layer)
+                each(workers, backward(layer), everyone, bar)
+        for i in everyone:
+            entered[i].hidden.backward(read(0, i))
+            used.update(job.save(i, recorders[i], ".embedding"))
+        recorders[0].check_used(used)
 
 
 def importance_to_look_at(

@@ -7,9 +7,10 @@ what it does not tell is left out.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynq import describe
+from dynq import describe, shards
 from dynq.folder import RunFolder, file_safe
 from dynq.recipe import Recipe
 
@@ -70,7 +71,9 @@ def hub_names(model: str, evaluation: Mapping[str, Any]) -> list[dict[str, str]]
         size, around = sizes[target["label"]], (target["below"], target["above"])
         tag = target["like"] or min(around, key=lambda mix: abs(sizes[mix] - size))
         own = "" if target["like"] else f"{file_safe(target['target'])}-"
-        found.append({"file": target["file"], "name": f"{file_safe(model)}-{own}{tag}.gguf", "tag": tag})
+        name, split = f"{file_safe(model)}-{own}{tag}.gguf", len(shards.unsplit(Path(target["file"])).stem)
+        name = name.replace(".gguf", target["file"][split:])  # with the number of the shard
+        found.append({"file": target["file"], "name": name, "tag": tag})
     tags = [row["tag"] for row in found]
     return [row | {"tag": row["tag"] if tags.count(row["tag"]) == 1 else ""} for row in found]
 

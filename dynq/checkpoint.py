@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import gguf
 import numpy as np
 import yaml
 
-from dynq import architectures, formats, safetensors_reader, tokenizer
+from dynq import architectures, formats, safetensors_reader, shards, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
 from dynq.files import load_json, read_bytes, sha256, taking_apart
@@ -30,16 +31,32 @@ _LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 15, 50
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
-_NOT_QUANTIZED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight", "altup", "laurel")
+# llama.cpp's list (tensor_allows_quantization in src/llama-quant.cpp), less what only projectors have
+_NOT_QUANTIZED = (
+    *("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "attn_rel_b.weight", "indexer.k_proj.weight", "indexer.q_proj.weight"),
+    *("time_mix_first.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
+    *(f"time_mix_{part}.weight" for part in ("w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")),
+)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor, by its GGUF name."""
+    match = re.match(r"blk\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16")."""
+    """One tensor of a model: GGUF name, shape in NumPy order (row length last), stored type ("BF16").
+
+    kept: what it is written as if it is not quantized.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    kept: str = "F32"
 
     @property
     def n_weights(self) -> int:
@@ -52,8 +69,7 @@ class TensorInfo:
 
     @property
     def layer(self) -> int | None:
-        match = re.match(r"blk\.(\d+)\.", self.name)
-        return int(match[1]) if match else None
+        return layer_of(self.name)
 
     @property
     def kind(self) -> str:
@@ -62,8 +78,13 @@ class TensorInfo:
 
     @property
     def quantizable(self) -> bool:
-        """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution."""
-        if len(self.shape) < 2 or not self.name.endswith(".weight"):
+        """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution.
+
+        A single row is a vector for ggml, which does not count dimensions of one at the end.
+        """
+        if self.n_weights == self.row or not self.name.endswith(".weight"):
+            return False
+        if self.name in ("position_embd.weight", "token_types.weight"):
             return False
         return not any(part in self.name for part in _NOT_QUANTIZED)
 
@@ -76,6 +97,9 @@ class Checkpoint:
         architecture, config: names and layouts of the family; transformers' config as a dict.
         metadata: every key that an exported GGUF carries, tokenizer included, without the exporter's own.
         tensors: GGUF name -> TensorInfo, in file order.
+        files: what makes up the model; the shards of a split GGUF in order, the first of which is `path`.
+        notes: what a user should know of how the model is treated, a sentence each.
+        packed: of a GGUF, those keys of `metadata` as the bytes that the file has for them, name and type included.
         tied: whether the output uses the embedding's weights.
         requantized: whether the source is itself quantized.
     """
@@ -90,6 +114,8 @@ class Checkpoint:
         read: Callable[[str], np.ndarray],
         files: list[Path],
         requantized: bool = False,
+        packed: dict[str, bytes] | None = None,
+        notes: list[str] | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -99,8 +125,10 @@ class Checkpoint:
         self.tensors = tensors
         self.tied = "output.weight" not in tensors
         self.requantized = requantized
+        self.files = files
+        self.packed = packed or {}
+        self.notes = notes or []
         self._read = read
-        self._files = files
 
     @property
     def n_weights(self) -> int:
@@ -117,11 +145,11 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the names and contents of the files that make up the model."""
         whole = hashlib.sha256()
-        with progress(total=sum(p.stat().st_size for p in self._files), desc="hash", unit="B", leave=False) as bar:
-            for path in self._files:
+        with progress(total=sum(p.stat().st_size for p in self.files), desc="hash", unit="B", leave=False) as bar:
+            for path in self.files:
                 digest = sha256(path, bar.update)
                 # A single file's name is its owner's choice; inside a directory names have a meaning.
-                label = path.name if len(self._files) > 1 else ""
+                label = path.name if len(self.files) > 1 else ""
                 whole.update(f"{label}\0{digest}\n".encode())
         return whole.hexdigest()
 
@@ -191,9 +219,16 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     n_weights = sum(info.n_weights for info in tensors.values())
     metadata = _general(path, architecture, n_weights) | architecture.metadata()
     metadata |= tokenizer.from_directory(path, config["vocab_size"])
+    metadata["general.name"] = tokenizer.name_that_tells(metadata)
     files = [p for p in sorted(path.glob("*.json")) if p.name not in ("train_result.json", "trainer_state.json")]
     files += [*sorted(path.glob("*.jinja")), *sorted(path.glob("tokenizer.model")), *shards]
-    return Checkpoint(name, path, architecture, metadata, tensors, read, files)
+    notes = []
+    if stored.towers:
+        notes.append(
+            f"{stored.towers} tensors for images or sound are left out: llama.cpp takes them from a projector file "
+            "(mmproj-*.gguf); keep the publisher's beside the result"
+        )
+    return Checkpoint(name, path, architecture, metadata, tensors, read, files, notes=notes)
 
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
@@ -238,18 +273,41 @@ def _check_card(path: Path) -> None:
 # --- GGUF files -----------------------------------------------------------------------------------------------------
 
 
+def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """Metadata of a model without the layers that predict further tokens, which follow the others; its last layer."""
+    arch = fields.get("general.architecture")
+    further, layers = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
+    if not fields.get(further):
+        return fields, math.inf
+    last = fields[layers] - fields[further]
+    return {key: value for key, value in fields.items() if key != further} | {layers: last}, last - 1
+
+
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
     safetensors_reader.check_no_pickle(path)
-    reader = Reader(path)
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    if fields.get("split.count", 0) > 1:
-        raise DynqError(f"{path}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in stored.items()}
-    architecture = architectures.for_gguf(fields, shapes)
-    tensors = {n: TensorInfo(n, shapes[n], tensor.tensor_type.name) for n, tensor in stored.items()}
-    for n in tensors:
-        architecture.slot_of(n)  # raises for a tensor that the family does not have
+    files = shards.of(path)
+    readers = [Reader(file) for file in files]
+    whole, packed = {k: field.contents() for k, field in readers[0].fields.items()}, readers[0].packed()
+    _check_shards(files, readers)
+    every = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    fields, last = _without_further_tokens(whole)
+    stored = {name: tensor for name, tensor in every.items() if (layer_of(name) or 0) <= last}
+    shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in every.items()}
+    try:
+        architecture = architectures.for_gguf(fields, {name: shapes[name] for name in stored})
+    except DynqError as error:
+        raise DynqError(f"{path}: {error}") from None
+    if not architecture.known:  # llama.cpp may want what dynq's families leave out
+        fields, stored = whole, every
+    types = {n: tensor.tensor_type.name for n, tensor in stored.items()}
+    if architecture.known:
+        tensors = {n: TensorInfo(n, shapes[n], types[n]) for n in stored}
+        for n in tensors:
+            architecture.slot_of(n)  # raises for a tensor that the family does not have
+    else:  # what llama.cpp may expect of such a tensor is what the file has
+        tensors = {n: TensorInfo(n, shapes[n], types[n], types[n]) for n in stored}
+        if odd := [n for n, info in tensors.items() if info.kept not in formats.FORMATS]:
+            raise DynqError(f"{path}: {odd[0]} has type {types[odd[0]]}, which dynq does not write")
     if missing := [n for n in architecture.required() if n not in tensors]:
         raise DynqError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}; fetch the file again")
     quantized = sorted({info.dtype for info in tensors.values()} - _PLAIN_TYPES)
@@ -275,4 +333,42 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         return array
 
     metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
-    return Checkpoint(path.stem, path, architecture, metadata, tensors, read, [path], bool(quantized))
+    notes = []
+    if not architecture.known:
+        notes.append(
+            f"dynq does not know the architecture {architecture.name!r}: sensitivities are estimated from the weights, "
+            "not measured"
+        )
+    for projector in sorted(path.parent.glob("*mmproj*.gguf")):
+        notes.append(f"{projector.name} beside the model is left as it is; llama.cpp takes it with --mmproj")
+    return Checkpoint(
+        shards.unsplit(path).stem,
+        files[0],
+        architecture,
+        metadata,
+        tensors,
+        read,
+        files,
+        bool(quantized),
+        {key: packed[key] for key in metadata if key in packed and fields[key] is whole[key]},
+        notes,
+    )
+
+
+def _check_shards(files: list[Path], readers: list[Reader]) -> None:
+    """DynqError where files do not say of themselves what their names say, or do not hold all tensors together."""
+
+    def number(reader: Reader, key: str, default: int) -> int:
+        field = reader.fields.get(f"split.{key}")
+        return int(field.contents()) if field else default
+
+    for i, (file, reader) in enumerate(zip(files, readers, strict=True)):
+        index, count = number(reader, "no", 0), number(reader, "count", 1)
+        if (index, count) != (i, len(files)) and max(count, len(files)) > 1:
+            raise DynqError(
+                f"{file}: it says that it is shard {index + 1} of {count}; shards are called "
+                f"NAME-00001-of-{count:05d}.gguf and so on: give it its name back, or fetch it again"
+            )
+    held = sum(len(reader.tensors) for reader in readers)
+    if (meant := number(readers[0], "tensors.count", held)) != held:
+        raise DynqError(f"{files[0]}: the shards should hold {meant} tensors, they hold {held}; fetch them again")

@@ -76,6 +76,9 @@ def run(
     search: Annotated[
         str | None, typer.Option(help="Time to look for a better recipe on measured KLD: 10min, 90s. Default: none.")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     parameter: Annotated[
@@ -101,6 +104,7 @@ def run(
         "profile": profile,
         "pins": parse_pins(pin) if pin else None,
         "search": search,
+        "max_shard_size": max_shard_size,
         "seed": seed,
         "threads": threads,
         "allow_requantize": allow_requantize or None,
@@ -112,7 +116,8 @@ def run(
     tasks = runner.plan(
         _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
     )
-    runner.check_sizes(tasks)
+    for note in runner.check_sizes(tasks):
+        print(f"dynq: {note}", file=sys.stderr)
     try:
         evaluation = runner.execute(tasks, folder)
     except KeyboardInterrupt:
@@ -309,6 +314,9 @@ def apply(
     out: Annotated[Path, typer.Option(help="The GGUF to write.")],
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, dynq's or llama.cpp's.")] = None,
     level: Annotated[str, typer.Option(help="How hard the encoders search: plain or search.")] = "plain",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
+    ] = "",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
@@ -317,6 +325,7 @@ def apply(
 ) -> None:
     """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
     from dynq import describe, export
+    from dynq.allocate import parse_bytes
     from dynq.checkpoint import open_checkpoint
     from dynq.codec import check_level
     from dynq.imatrix import read_imatrix
@@ -325,8 +334,6 @@ def apply(
     described = describe.read(recipe)
     importance = read_imatrix(imatrix) if imatrix else None
     checkpoint = open_checkpoint(model, allow_requantize)
-    if out.exists() and checkpoint.path.exists() and out.samefile(checkpoint.path):
-        raise DynqError(f"{out}: that is the model itself; choose another --out")
     made = export.apply(
         described,
         checkpoint,
@@ -335,11 +342,14 @@ def apply(
         imatrix_file=imatrix.name if imatrix else "",
         level=level,
         threads=threads,
+        shard_bytes=parse_bytes(max_shard_size),
     )
     if as_json:
-        print(_json({"file": str(out), **made}))
+        print(_json({"file": str(out.with_name(made["files"][0])), **made}))
         return
-    print(f"{out}: {made['bytes']:,} bytes, {made['bpw']:.3f} bpw, read back and verified")
+    split = f" in {len(made['files'])} files" if len(made["files"]) > 1 else ""
+    where = out.with_name(made["files"][0])
+    print(f"{where}: {made['bytes']:,} bytes{split}, {made['bpw']:.3f} bpw, read back and verified")
     if other := made["other_shapes"]:
         print(
             f"{len(other)} tensors ({other[0]}, ...) have another shape than in {recipe.name}: other bytes than its own"

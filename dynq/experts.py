@@ -17,6 +17,7 @@ import torch
 from dynq.checkpoint import Checkpoint
 from dynq.fisher import Fisher
 from dynq.imatrix import Importance
+from dynq.layerwise import reader
 from dynq.progress import progress
 from dynq.recorder import Recorder
 from dynq.text import encode_prompt, further_chunks, prompts, sample_chats
@@ -63,9 +64,12 @@ def top_up(
 
     The text is what follows in the files of `spec` (as `dynq.text.load_text` takes it) behind the first `n_chunks`
     chunks of `n_ctx` tokens; then answers that the model gives to the prompts that come with dynq, those first that
-    send most tokens to starved experts. It ends when none is starved, or after `limit` chunks.
+    send most tokens to starved experts. It ends when none is starved, or after `limit` chunks. Nothing
+    is read for a model that does not fit into memory.
     """
     names = [name for name in stacks(checkpoint) if name in importance.counts]
+    if reader(model):  # every text would read the whole model once more
+        return importance, 0
     if limit < 1 or not any(starved(importance.counts[name], wanted) for name in names):
         return importance, 0
     sums = {name: importance.sums[name].astype(np.float64) for name in names}

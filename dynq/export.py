@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import gguf
 import numpy as np
 from gguf.gguf_writer import WriterState
 
-from dynq import __version__, codec, formats
+from dynq import __version__, codec, formats, shards
 from dynq.checkpoint import Checkpoint
 from dynq.describe import Described, other_shapes
-from dynq.encoding import Stream, encode
+from dynq.encoding import Stream, encode, quantize_tensor
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.gguf_reader import Reader
@@ -30,6 +32,7 @@ _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _LONGEST_NAME = max(formats.FORMATS, key=len)
 # Room in `header_bytes` for what is not known before a recipe exists: its provenance, the names of texts and files.
 _ROOM = 4096
+_LONGEST = 1e-300 / 3  # no fraction is written with more characters
 
 
 def export(
@@ -42,6 +45,7 @@ def export(
     level: str = "plain",
     threads: int | None = None,
     source: Callable[[dict[str, str]], Stream] | None = None,
+    shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Encode every tensor by the recipe and write the GGUF; `path` appears only once it is whole and verified.
 
@@ -57,9 +61,12 @@ def export(
         threads: threads of the encoders; their bytes do not depend on it.
         source: gives the bytes of all tensors for the formats that are written (in that order), instead of the encoders
             at that level.
+        shard_bytes: a model that needs more is split into files of at most so many bytes, of the names that `files`
+            gives; they appear all at once, the first last.
 
     Returns:
-        bytes (of the file), tensor_bytes, bpw (of all tensor data), sha256 (of the file), verified (True).
+        bytes (of the file, or of all shards), tensor_bytes, bpw (of all tensor data), sha256 (of the file, or of the
+        bytes of all shards in order), verified (True).
 
     Raises:
         DynqError: the recipe is not for this model, the directory is missing, the disk is full.
@@ -68,33 +75,85 @@ def export(
     recipe = _carried_out(checkpoint, recipe)
     _check_importance(checkpoint, recipe.formats, importance)
     metadata = _metadata(checkpoint, recipe, importance, imatrix_file)
-    header = _header(checkpoint, recipe.formats, metadata)
-    sizes = {n: formats.tensor_bytes(fmt, checkpoint.tensors[n].shape) for n, fmt in recipe.formats.items()}
-    needed = len(header) + sum(_padded(size) for size in sizes.values())
-    _check_room(path, needed)
-    digests: dict[str, str] = {}
-    whole = hashlib.sha256(header)
-    with replacing(path, needed) as beside:
-        with beside.open("wb") as file:
-            file.write(header)
-            tensors = (
-                source(recipe.formats)
-                if source
-                else encode(checkpoint, recipe.formats, importance, level=level, threads=threads, desc=path.name)
-            )
-            for name, _, data in tensors:
-                digests[name] = hashlib.sha256(data.data).hexdigest()
-                for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
-                    whole.update(piece.data)
-                    file.write(piece.data)
-        _verify(beside, checkpoint, recipe.formats, metadata, digests)
+    parts = _parts(checkpoint, recipe, path, shard_bytes, metadata)
+    for part in parts:
+        if part.path.exists() and any(part.path.samefile(file) for file in checkpoint.files):
+            raise DynqError(f"{part.path}: that is the model itself; choose another --out")
+    _check_room(path, sum(part.bytes for part in parts))
+    tensors = (
+        source(recipe.formats)
+        if source
+        else encode(checkpoint, recipe.formats, importance, level=level, threads=threads, desc=path.name)
+    )
+    whole = hashlib.sha256()
+    with ExitStack() as written:
+        for part in parts:
+            beside = written.enter_context(replacing(part.path, part.bytes))
+            digests: dict[str, str] = {}
+            whole.update(part.header)
+            with beside.open("wb") as file:
+                file.write(part.header)
+                for _ in part.formats:
+                    name, _, data = next(tensors)
+                    digests[name] = hashlib.sha256(data.data).hexdigest()
+                    for piece in (data, np.zeros(_padded(data.nbytes) - data.nbytes, np.uint8)):
+                        whole.update(piece.data)
+                        file.write(piece.data)
+            _verify(beside, checkpoint, part, digests)
+        if next(tensors, None) is not None:
+            raise AssertionError("the source gave more tensors than the recipe has")
     return {
-        "bytes": needed,
+        "bytes": sum(part.bytes for part in parts),
         "tensor_bytes": recipe.tensor_bytes,
         "bpw": recipe.bpw,
         "sha256": whole.hexdigest(),
         "verified": True,
     }
+
+
+def files(checkpoint: Checkpoint, recipe: Recipe, path: str | Path, shard_bytes: int | None = None) -> list[Path]:
+    """The files that `export` writes, in order: `path` alone, or its shards."""
+    parts = _shares(checkpoint, _carried_out(checkpoint, recipe), shard_bytes)
+    return [Path(path)] if len(parts) == 1 else [shards.shard(Path(path), i, len(parts)) for i in range(len(parts))]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file to write: all of the model, or one shard of it. bytes: of header and data."""
+
+    path: Path
+    formats: dict[str, str]
+    metadata: dict[str, Any]
+    header: bytes
+    bytes: int
+
+
+def _parts(
+    checkpoint: Checkpoint, recipe: Recipe, path: Path, shard_bytes: int | None, metadata: dict[str, Any]
+) -> list[_Part]:
+    shares = _shares(checkpoint, recipe, shard_bytes)
+    found = []
+    for i, (file, names) in enumerate(zip(files(checkpoint, recipe, path, shard_bytes), shares, strict=True)):
+        own = metadata if i == 0 else {}
+        if len(shares) > 1:
+            own = own | shards.keys(i, len(shares), len(recipe.formats))
+        chosen = {name: recipe.formats[name] for name in names}
+        header = _header(checkpoint, chosen, own)
+        size = sum(_padded(formats.tensor_bytes(fmt, checkpoint.tensors[n].shape)) for n, fmt in chosen.items())
+        found.append(_Part(file, chosen, own, header, len(header) + size))
+    return found
+
+
+def _shares(checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int | None) -> list[list[str]]:
+    """The tensors of each file. They depend on nothing but shapes, the recipe and the source's metadata."""
+    if shard_bytes is None:
+        return [list(recipe.formats)]
+    shapes = {name: checkpoint.tensors[name].shape for name in recipe.formats}
+    sizes = {name: _padded(formats.tensor_bytes(fmt, shapes[name])) for name, fmt in recipe.formats.items()}
+    entries = {name: len(name.encode()) + 8 * len(shape) + 24 for name, shape in shapes.items()}
+    draft = replace(recipe, tensor_bytes=1 << 62, bpw=_LONGEST, predicted_kld=_LONGEST)
+    header = len(_header(checkpoint, recipe.formats, _metadata(checkpoint, draft, None, ""))) + _ROOM
+    return shards.partition(sizes, shard_bytes, first=header, more=entries)
 
 
 def apply(
@@ -106,13 +165,14 @@ def apply(
     imatrix_file: str = "",
     level: str = "plain",
     threads: int | None = None,
+    shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """`export` by a recipe that was made elsewhere: a file of dynq, or what the header of any GGUF says.
 
     Its predicted KLD was for another encoding and is left out. Shapes may differ: a recipe fits a model with the same
-    tensors, wider or with more tokens. Returns what `export` does, `fallbacks`: tensor name -> [format of the recipe,
-    format written], of quantizable tensors whose rows do not divide into blocks, and `other_shapes`: tensors that have
-    another shape in the GGUF that the recipe was read from.
+    tensors, wider or with more tokens. Returns what `export` does, `files`: the names of what was written,
+    `fallbacks`: tensor name -> [format of the recipe, format written], of quantizable tensors whose rows do not divide
+    into blocks, and `other_shapes`: tensors that have another shape in the GGUF that the recipe was read from.
 
     Raises:
         DynqError: before anything is written, where the names of the tensors do not match, dynq does not write a
@@ -126,7 +186,17 @@ def apply(
         predicted_kld=None,
         provenance={"recipe": described.path.name, "recipe_provenance": described.recipe.provenance},
     )
-    made = export(checkpoint, recipe, importance, path, imatrix_file=imatrix_file, level=level, threads=threads)
+    made = export(
+        checkpoint,
+        recipe,
+        importance,
+        path,
+        imatrix_file=imatrix_file,
+        level=level,
+        threads=threads,
+        shard_bytes=shard_bytes,
+    )
+    made["files"] = [file.name for file in files(checkpoint, recipe, path, shard_bytes)]
     fallbacks = {n: [wanted[n], f] for n, f in chosen.items() if tensors[n].quantizable and f != wanted[n]}
     other = other_shapes(described, {name: info.shape for name, info in tensors.items()})
     return made | {"fallbacks": fallbacks, "other_shapes": other}
@@ -139,15 +209,19 @@ def simulate(
     *,
     level: str = "plain",
     threads: int | None = None,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as a reader of the exported file would see it: (name, float32 array in GGUF's layout).
+) -> Callable[[str], np.ndarray]:
+    """What gives a tensor, by its name, as a reader of the exported file would see it: float32 in GGUF's layout.
 
-    Encodes the same bytes as `export` and decodes them, in memory, one tensor at a time.
+    It encodes the same bytes as `export` and decodes them, in memory, each time that it is asked.
     """
     chosen = _formats(checkpoint, recipe_formats)
     _check_importance(checkpoint, chosen, importance)
-    for name, fmt, data in encode(checkpoint, chosen, importance, level=level, threads=threads):
-        yield name, codec.dequantize(data, fmt, threads=threads).reshape(checkpoint.tensors[name].shape)
+
+    def read(name: str) -> np.ndarray:
+        data = quantize_tensor(checkpoint, name, chosen[name], importance, level, threads)
+        return codec.dequantize(data, chosen[name], threads=threads).reshape(checkpoint.tensors[name].shape)
+
+    return read
 
 
 def _check_importance(checkpoint: Checkpoint, chosen: dict[str, str], importance: Importance | None) -> None:
@@ -170,14 +244,13 @@ def header_bytes(
     An upper bound: for a target such as "8GB". `recipe` gives the target and the provenance that will be written;
     its formats and figures do not matter. Without one, 4 KiB are kept for them and for the names of the texts.
     """
-    longest = 1e-300 / 3  # no fraction is written with more characters
     draft = recipe or Recipe({}, "", 0, 0.0, None)
     draft = replace(
         draft,
         formats=dict.fromkeys(checkpoint.tensors, _LONGEST_NAME),
         tensor_bytes=1 << 62,
-        bpw=longest,
-        predicted_kld=longest,
+        bpw=_LONGEST,
+        predicted_kld=_LONGEST,
     )
     metadata = _metadata(checkpoint, draft, importance, imatrix_file)
     header = len(_header(checkpoint, dict.fromkeys(checkpoint.tensors, "F32"), metadata))
@@ -202,7 +275,7 @@ def _formats(checkpoint: Checkpoint, wanted: dict[str, str]) -> dict[str, str]:
             f"the recipe names {unknown[0]}, which {checkpoint.name} does not have: it is for another model"
         )
     return {
-        name: formats.usable(wanted[name], info.row) if info.quantizable else "F32"
+        name: formats.usable(wanted[name], info.row) if info.quantizable else info.kept
         for name, info in checkpoint.tensors.items()
     }
 
@@ -231,7 +304,8 @@ def _metadata(
         keys["quantize.imatrix.chunks_count"] = importance.chunk_count
     keys["dynq.version"] = __version__
     keys[KEY] = recipe.to_json()
-    return {key: value for key, value in keys.items() if value not in ("", [])}  # GGUF's writer drops empty values
+    # GGUF's writer drops empty values
+    return {key: value for key, value in keys.items() if key in checkpoint.packed or value not in ("", [])}
 
 
 def _file_type(fmt: str) -> int:
@@ -242,11 +316,13 @@ def _file_type(fmt: str) -> int:
 
 
 def _header(checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any]) -> bytes:
-    """The file up to the first tensor's data."""
+    """A file up to the first tensor's data. Keys that stand in the source are written as they stand there."""
     buffer = io.BytesIO()
     writer = gguf.GGUFWriter(None, checkpoint.architecture.name)
+    writer.kv_data[0].clear()
+    packed = b"".join(checkpoint.packed[key] for key in metadata if key in checkpoint.packed)
     for key, value in metadata.items():
-        if key != "general.architecture":  # the writer's own first key
+        if key not in checkpoint.packed:
             writer.add_key_value(key, value, _value_type(value))
     for name, fmt in chosen.items():
         shape = checkpoint.tensors[name].shape
@@ -257,11 +333,16 @@ def _header(checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return buffer.getvalue().ljust(_padded(len(buffer.getvalue())), b"\0")
+    written = buffer.getvalue()
+    # magic, version, number of tensors; number of keys; keys
+    header = written[:16] + struct.pack("<Q", len(metadata)) + packed + written[24:]
+    return header.ljust(_padded(len(header)), b"\0")
 
 
 def _value_type(value: Any) -> gguf.GGUFValueType:
-    """The type that llama.cpp expects: its whole numbers are uint32, its fractions float32."""
+    """NumPy's numbers keep theirs; else what llama.cpp expects: whole numbers are uint32, fractions float32."""
+    if isinstance(value, np.generic):
+        return gguf.GGUFValueType[value.dtype.name.upper()]
     if isinstance(value, bool):
         return gguf.GGUFValueType.BOOL
     if isinstance(value, int):
@@ -283,22 +364,25 @@ def _check_room(path: Path, needed: int) -> None:
         raise DynqError(f"{path}: the disk has {free:,} bytes left, the file needs {needed:,}")
 
 
-def _verify(
-    path: Path, checkpoint: Checkpoint, chosen: dict[str, str], metadata: dict[str, Any], digests: dict[str, str]
-) -> None:
+def _verify(path: Path, checkpoint: Checkpoint, part: _Part, digests: dict[str, str]) -> None:
     """Read the file with gguf's reader and compare it with what was meant. A difference is a fault of the machine."""
     reader = Reader(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
-    wrong = [] if list(found) == list(chosen) else ["the list of tensors"]
+    wrong = [] if list(found) == list(part.formats) else ["the list of tensors"]
     for name, tensor in progress(found.items(), total=len(found), desc="verify", unit="tensor", leave=False):
         shape = tuple(int(n) for n in tensor.shape[::-1])
-        if (tensor.tensor_type.name, shape) != (chosen.get(name), checkpoint.tensors[name].shape):
+        if (tensor.tensor_type.name, shape) != (part.formats.get(name), checkpoint.tensors[name].shape):
             wrong.append(f"{name}'s type or shape")
         elif hashlib.sha256(np.ascontiguousarray(tensor.data).data).hexdigest() != digests[name]:
             wrong.append(f"{name}'s data")
-    for key, value in metadata.items():
+    packed = reader.packed()
+    for key, value in part.metadata.items():
         field = reader.fields.get(key)
-        if field is None or not _same(field.contents(), value):
+        if key in checkpoint.packed:
+            same = packed.get(key) == checkpoint.packed[key]
+        else:
+            same = field is not None and _same(field.contents(), value)
+        if not same:
             wrong.append(f"the key {key}")
     if wrong:
         raise DynqError(f"{path}: read back, {wrong[0]} is not what was written ({len(wrong)} faults): check the disk")

@@ -376,7 +376,7 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
     }
     figure = go.Figure()
     for kind, (name, colour, shape, mode) in style.items():
-        own = [entry for entry in evaluation["files"] if entry["kind"] == kind]
+        own = [entry for entry in evaluation["files"] if entry["kind"] == kind and entry["statistics"]]
         if not own:
             continue
         figure.add_scatter(
@@ -499,4 +499,5 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             "same top-1, %": 100 * entry["statistics"]["Same top p"],
         }
         for entry in evaluation["files"]
+        if entry["statistics"]
     ]

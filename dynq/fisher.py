@@ -11,8 +11,8 @@ position above all, so this needs far fewer samples than a uniform choice.
 
 The experts of a mixture are linear layers as well, each reads the tokens that are sent to it.
 
-One batch of sequences is one safetensors file. A ``unit`` is one parameter (`dynq.recorder`), a ``group`` the units
-that read the same input (q, k, v):
+One sequence is one safetensors file, or several where it is computed layer by layer. A ``unit`` is one parameter
+(`dynq.recorder`), a ``group`` the units that read the same input (q, k, v):
 
     <group>.x       float16 [n, n_in], rows of length 1 (int64 [n], token ids, for the embedding)
     <group>.length  float64 [n]        |x_s|
@@ -20,12 +20,13 @@ that read the same input (q, k, v):
     <group>.expert  int64 [n]          which expert read it (of a stack of experts)
     <unit>.g        float16 [n, n_out], rows of length 1 (not for the head, which has a formula without)
     <unit>.slope    float64 [n]        |g_s|
-    <group>.in_sum2 float64 [n_in], [n_expert, n_in]  sum of x_j^2 over all tokens of the batch
+    <group>.in_sum2 float64 [n_in], [n_expert, n_in]  sum of x_j^2 over all tokens of the sequence
     <group>.counts  float64 [1], [n_expert]           tokens summed
-    <unit>.cross    float64 [2]        sum over tokens of c_s^2; sum over sequences of (sum_s c_s)^2: see `probe_error`
+    <unit>.cross    float64 [2]        sum over tokens of c_s^2; (sum_s c_s)^2: see `probe_error`
 """
 
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,16 +114,12 @@ def _groups(recorder: Recorder) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def batch_samples(
-    recorder: Recorder, sequences: int, keep: int, generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
-    """Choose ``keep`` tokens for each group of one batch; returns (tensors, groups) as the file holds them.
+def sequence_samples(recorder: Recorder, keep: int, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """Choose ``keep`` tokens of one sequence for each group; returns (tensors, groups) as the file holds them.
 
-    sequences: in the batch; one, where the model has experts, since their tokens do not tell which they are of.
-    DynqError: a quantizable tensor was not used.
+    seed: each group draws by itself, so their order does not matter.
     """
     out: dict[str, torch.Tensor] = {}
-    recorder.check_used()
     groups = _groups(recorder)
     for first, units in groups.items():
         uses = {unit: recorder.use(unit) for unit in units}
@@ -134,6 +131,7 @@ def batch_samples(
         for g in gradients.values():  # members of a group weigh alike, however large their gradients are
             term = length2 * torch.linalg.vector_norm(g, dim=-1).double().square().cpu()
             size += term / term.sum().clamp(min=1e-300)
+        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(first.encode()))
         index, out[f"{first}.weight"] = choose_tokens(size, keep, generator)
         index = index.to(x.device)
         if lookup:
@@ -156,8 +154,8 @@ def batch_samples(
             # blocks lie within rows, so the rows that were looked up are enough of an embedding
             error = parameter[x] if lookup else parameter.swapaxes(-1, -2) if flipped else parameter
             moved = _moved(probe_error(error), torch.arange(len(x)) if lookup else x, expert)
-            c = (moved * g).sum(-1).double().reshape(sequences, -1)
-            out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum(-1).square().sum()]).cpu()
+            c = (moved * g).sum(-1).double()
+            out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum().square()]).cpu()
     return out, groups
 
 
@@ -179,7 +177,7 @@ def _moved(error: torch.Tensor, x: torch.Tensor, expert: torch.Tensor | None) ->
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of one tensor over all batches.
+    """The samples of one tensor over all sequences.
 
     x float32 ``[n, n_in]`` (int64 ``[n]`` token ids for an embedding), g float32 ``[n, n_out]``, weight float64
     ``[n]``: for a term that is quadratic in both, ``sum_s weight_s f(x_s, g_s)`` estimates the sum over all tokens.
@@ -199,51 +197,58 @@ class Samples:
 
 
 class Fisher:
-    """Reads the batches of a ``fisher/`` folder, one tensor at a time."""
+    """Reads the sequences of a ``fisher/`` folder, one tensor at a time."""
 
     def __init__(self, folder: Path):
         self.paths = sorted(folder.glob("*.safetensors"))
         if not self.paths:
             raise DynqError(f"{folder}: no Fisher samples here; run the calibration first (notebook 03)")
         self.group: dict[str, str] = {}  # unit -> first unit of its group
+        self.unit: dict[str, str] = {}  # GGUF name -> the parameter that it is a part of
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.flipped: set[str] = set()
         self.tokens = 0
+        self._files: dict[str, list[Path]] = {}  # unit -> where its samples are, in the order of sequences
         for path in self.paths:
             with safe_open(path, framework="pt") as f:
-                batch = json.loads(f.metadata()["batch"])
-            self.tokens += batch["tokens"]
-            self.group = {unit: first for first, units in batch["groups"].items() for unit in units}
-            self.unit: dict[str, str] = batch["tensors"]  # GGUF name -> the parameter that it is a part of
-            self.shapes = {unit: tuple(shape) for unit, shape in batch["shapes"].items()}
-            self.flipped = set(batch["flipped"])
+                about = json.loads(f.metadata()["about"])
+            self.tokens += about["tokens"]
+            for first, units in about["groups"].items():
+                self.group |= dict.fromkeys(units, first)
+                for unit in units:
+                    self._files.setdefault(unit, []).append(path)
+            self.unit |= about["tensors"]
+            self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
+            self.flipped |= set(about["flipped"])
 
-    def _each(self, key: str) -> Iterator[torch.Tensor]:
-        for path in self.paths:
+    def _each(self, unit: str, what: str) -> Iterator[torch.Tensor]:
+        for path in self._files[unit]:
             with safe_open(path, framework="pt") as f:
-                yield f.get_tensor(key)
+                yield f.get_tensor(f"{unit}.{what}")
 
-    def samples(self, name: str) -> Samples:
-        """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied)."""
+    def samples(self, name: str, device: str = "cpu") -> Samples:
+        """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied), on a device."""
         unit = self.unit[name]
         group = self.group[unit]
-        x, length, weight = (self._all(f"{group}.{what}") for what in ("x", "length", "weight"))
+        x, length, weight = (self._all(group, what).to(device) for what in ("x", "length", "weight"))
         x = x.float() * length.float()[:, None] if x.is_floating_point() else x
         if unit == HEAD:  # its formula needs no gradient
-            return Samples(x, torch.empty(len(x), 0), weight)
-        g = self._all(f"{unit}.g").float() * self._all(f"{unit}.slope").float()[:, None]
-        expert = self._all(f"{group}.expert") if len(self.shapes[unit]) == 3 else None
+            return Samples(x, torch.empty(len(x), 0, device=device), weight)
+        g = self._all(unit, "g").to(device).float() * self._all(unit, "slope").to(device).float()[:, None]
+        expert = self._all(group, "expert").to(device) if len(self.shapes[unit]) == 3 else None
         return Samples(x, g, weight, expert, unit in self.flipped)
 
-    def _all(self, key: str) -> torch.Tensor:
-        return torch.cat(list(self._each(key)))
+    def _all(self, unit: str, what: str) -> torch.Tensor:
+        return torch.cat(list(self._each(unit, what)))
 
     def in_sum2(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
         are, float64 ``[n_mat]``; None for an embedding, which has no inputs."""
         group = self.group[self.unit[name]]
-        with safe_open(self.paths[0], framework="pt") as f:
+        with safe_open(self._files[group][0], framework="pt") as f:
             if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
-        sums, counts = (np.sum([p.numpy() for p in self._each(f"{group}.{w}")], axis=0) for w in ("in_sum2", "counts"))
+        sums, counts = (np.sum([p.numpy() for p in self._each(group, w)], axis=0) for w in ("in_sum2", "counts"))
         return sums.reshape(len(counts), -1), counts
 
     def cross_token(self, kinds: dict[str, str]) -> dict[str, float]:
@@ -254,6 +259,6 @@ class Fisher:
         """
         ratios: dict[str, list[float]] = {}
         for name, kind in kinds.items():
-            token, sequence = np.sum([part.numpy() for part in self._each(f"{self.unit[name]}.cross")], axis=0)
+            token, sequence = np.sum([part.numpy() for part in self._each(self.unit[name], "cross")], axis=0)
             ratios.setdefault(kind, []).append(sequence / max(token, 1e-300))
         return {kind: float(np.mean(r)) for kind, r in ratios.items()}

@@ -24,6 +24,7 @@ from dynq.progress import progress
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
+    from dynq.imatrix import Importance
 
 try:
     import fcntl
@@ -118,6 +119,17 @@ class RunFolder:
             raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
         return checkpoint
 
+    def importance(self) -> "Importance | None":
+        """The importance that tensors are encoded with; None where there is none of a model that cannot be run."""
+        from dynq.imatrix import read_imatrix
+
+        file = self / "imatrix.gguf"
+        return read_imatrix(file) if file.exists() else None
+
+    def calibrated(self, checkpoint: "Checkpoint", *names: str) -> list[str]:
+        """Those of what calibration leaves that the model has: one that cannot be run may lack any of them."""
+        return [name for name in names if checkpoint.architecture.known or (self / name).exists()]
+
     def text(
         self,
         split: str,
@@ -195,7 +207,7 @@ class RunFolder:
         hash of what else it reads. outputs: names in the folder (files or folders) that it writes. parts: names that a
         cut-off step leaves behind to go on from; they are kept only where parameters and inputs are the same.
         """
-        parameters = json.loads(json.dumps(dict(parameters)))
+        parameters, outputs = json.loads(json.dumps(dict(parameters))), list(outputs)
         self.check(name, parameters)
         for file in files:
             if not (self / file).exists():
@@ -212,7 +224,8 @@ class RunFolder:
             same = False
         with self.lock():
             if not (same and old["state"] == "started"):
-                for part in parts:
+                # an output of before that is none now: a shard of a file that is cut otherwise, say
+                for part in (*parts, *(old.get("outputs", {}).keys() - set(outputs))):
                     _remove(self / part)
             self._record(name, record)
             try:

@@ -48,3 +48,16 @@ class Reader(gguf.GGUFReader):
                 raise ValueError("an array runs past the end of the file")
             at += parts[-1].nbytes
         return at - orig_offs, parts, list(range(2, len(parts))), [gguf.GGUFValueType.ARRAY, kind]
+
+    def packed(self) -> dict[str, bytes]:
+        """Each key of the metadata with its name, type and value as the file has them; none of a big-endian file."""
+        if self.byte_order != "I":
+            return {}
+        found = {}
+        for field in self.fields.values():
+            if not field.name.startswith("GGUF."):
+                size = sum(part.nbytes for part in field.parts)
+                if field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]:
+                    size += 8 * len(field.data)  # the lengths, which are no parts here
+                found[field.name] = self.data[field.offset : field.offset + size].tobytes()
+        return found

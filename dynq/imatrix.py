@@ -104,6 +104,12 @@ class Importance:
             raise DynqError(f"{where}: has none of the model's tensors; it was made from another model")
         return missing
 
+    def covers(self, tensors: Mapping[str, "TensorInfo"]) -> bool:
+        """Whether every tensor that multiplies has importance here; an embedding that is only looked up needs none."""
+        looked_up = "token_embd.weight" if "output.weight" in tensors else ""
+        quantizable = (info for info in tensors.values() if info.quantizable and info.name != looked_up)
+        return all(self.mean(info.name, info.row) is not None for info in quantizable)
+
     def completed(self, other: "Importance") -> "Importance":
         """This one, and of `other` the tensors that are not here."""
         return replace(self, sums=other.sums | self.sums, counts=other.counts | self.counts)

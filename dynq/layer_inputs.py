@@ -17,6 +17,7 @@ from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.imatrix import Importance
 from dynq.kernels import scales
+from dynq.layerwise import reader
 from dynq.progress import progress
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def feed_back(
     A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
     """
     parts.mkdir(exist_ok=True)
-    modules = _modules(checkpoint, model)
+    modules = {} if reader(model) else _modules(checkpoint, model)
+    unread = "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
     fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
     each = 2 * len(set(domains)) * _BYTES
     sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
@@ -63,7 +65,7 @@ def feed_back(
             for name in bunch:
                 if name in missing:
                     read = hessians.get(name)
-                    reason = f"{chosen[name]} has no feedback" if name in modules else "looked up, or not quantized"
+                    reason = f"{chosen[name]} has no feedback" if name in modules else unread
                     _encode_part(checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads)
                 with safe_open(_part(parts, name), framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")

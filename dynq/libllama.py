@@ -58,6 +58,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_free": (None, [_POINTER]),
     "llama_model_get_vocab": (_POINTER, [_POINTER]),
     "llama_vocab_n_tokens": (_I32, [_POINTER]),
+    "llama_tokenize": (_I32, [_POINTER, _TEXT, _I32, _POINTER, _I32, _BOOL, _BOOL]),
     "llama_context_default_params": (_Parameters, []),
     "llama_init_from_model": (_POINTER, [_POINTER, _Parameters]),
     "llama_free": (None, [_POINTER]),
@@ -135,7 +136,8 @@ class Llama:
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), self._lib.llama_model_default_params())
         if not self._model:
             raise self._refused("does not open this file")
-        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model)))
+        self._vocab = self._lib.llama_model_get_vocab(self._model)
+        self.n_vocab = int(self._lib.llama_vocab_n_tokens(self._vocab))
         parameters = self._lib.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = n_ctx
         self._context = self._lib.llama_init_from_model(self._model, parameters)
@@ -171,6 +173,15 @@ class Llama:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text; special tokens in it count as those. add_special: with the first one that a text has."""
+        data = text.encode()
+        room = np.empty(len(data) + 8, np.int32)  # no token is less than a byte, but those at the ends
+        made = self._lib.llama_tokenize(self._vocab, data, len(data), room.ctypes.data, len(room), add_special, True)
+        if made < 0:
+            raise self._refused("cannot tokenize the text")
+        return [int(token) for token in room[:made]]
 
     def logits(self, tokens: np.ndarray, first: int) -> np.ndarray:
         """Logits float32 ``[n - 1 - first, n_vocab]`` after the tokens ``first .. n - 2`` of a text of its own.

@@ -92,10 +92,9 @@ class _Model:
     @classmethod
     def of(cls, metadata: Mapping[str, Any], has_importance: bool) -> "_Model":
         arch = metadata.get("general.architecture")
-        missing = [k for k in ("attention.head_count", "block_count") if f"{arch}.{k}" not in metadata]
-        if missing:
-            raise DynqError(f"the metadata lacks {arch}.{missing[0]}, on which llama.cpp's mixes depend")
-        heads = _first(metadata[f"{arch}.attention.head_count"])
+        if f"{arch}.block_count" not in metadata:
+            raise DynqError(f"the metadata lacks {arch}.block_count, on which llama.cpp's mixes depend")
+        heads = _first(metadata.get(f"{arch}.attention.head_count", 0))  # a model without attention has none
         kv_heads = _first(metadata.get(f"{arch}.attention.head_count_kv", heads))
         layers = int(metadata[f"{arch}.block_count"])
         experts = int(metadata.get(f"{arch}.expert_count", 0))
@@ -216,7 +215,7 @@ def mix(
 ) -> dict[str, str]:
     """The format that llama.cpp's mix `name` gives each tensor, in the order of `tensors`, after its row fallbacks.
 
-    tensors: every tensor of the file; those not quantizable get F32. metadata: the GGUF's key/values (architecture,
+    tensors: every tensor of the file; those not quantizable are kept. metadata: the GGUF's key/values (architecture,
     numbers of layers, heads and experts). has_importance: whether there is an importance matrix. Without one this is
     what a dry run of llama-quantize shows, also of mixes that it then refuses to write (Q2_K_S, IQ1_S to IQ3_XS).
     Falcon's own rules are left out. DynqError: an unknown name, metadata that lack a number, a row for which
@@ -227,7 +226,7 @@ def mix(
     default = _DEFAULT[name]
     model = _Model.of(metadata, has_importance)
     tied = "output.weight" not in tensors
-    result = dict.fromkeys(tensors, "F32")
+    result = {name: info.kept for name, info in tensors.items()}
 
     # Places are counted in libllama's order of tensors: by layer, then by name.
     quantizable = sorted((t for t in tensors.values() if t.quantizable), key=lambda t: (_layer(t), t.name))

@@ -7,13 +7,13 @@ llama-quantize takes with ``--tensor-type-file``, and as the tensor types in the
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
+from dynq import shards
 from dynq.errors import DynqError
 from dynq.files import parse_json, read_bytes, replacing
 from dynq.gguf_header import Header, read_header, stored_bytes
@@ -190,21 +190,8 @@ def read_headers(path: str | Path) -> Header:
     """`read_header` of a file, or of all shards of a split one together (the first shard's keys count)."""
     metadata: dict[str, Any] = {}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for shard in _shards(Path(path)):
+    for shard in shards.of(Path(path)):
         found, own = read_header(shard)
         metadata = {**found, **metadata}
         tensors |= own
     return metadata, tensors
-
-
-def _shards(path: Path) -> Iterator[Path]:
-    """`path`, or all shards in order when it is one of name-00001-of-00003.gguf (llama.cpp's gguf-split)."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if not match:
-        yield path
-        return
-    for i in range(1, int(match[3]) + 1):
-        shard = path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf")
-        if not shard.exists():
-            raise DynqError(f"{shard}: this shard is missing; all {int(match[3])} are needed")
-        yield shard

@@ -6,6 +6,7 @@ a mixture, batched products with all experts at once. A weight is known by its s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,7 @@ class Recorder(TorchFunctionMode):
         self.tensors[HEAD] = HEAD
         self.units[HEAD] = model.get_output_embeddings().weight
         storages = {unit: parameter.untyped_storage().data_ptr() for unit, parameter in self.units.items()}
+        storages = {unit: at for unit, at in storages.items() if at}  # a layer that is not in memory lies nowhere
         self._lookups = {at: unit for unit, at in storages.items() if unit != HEAD}
         self._products = {at: unit for unit, at in storages.items()} | {storages[HEAD]: HEAD}  # also where it is tied
 
@@ -78,10 +80,10 @@ class Recorder(TorchFunctionMode):
         """The units that were used since `clear`, in the order of first use."""
         return list(self._pieces)
 
-    def check_used(self) -> None:
-        """DynqError, naming it, if a unit was not used since `clear`."""
+    def check_used(self, used: Collection[str]) -> None:
+        """DynqError, naming it, if a unit is not among those used."""
         for unit in self.units:
-            if unit not in self._pieces:
+            if unit not in used:
                 raise DynqError(f"{unit}: the model multiplies nothing by it, calibration has no rule for it")
 
     def shares(self, unit: str) -> int:

@@ -31,8 +31,9 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
     for target in evaluation["targets"]:
         name = file_safe(target["target"])
         recipe = Recipe.load(folder / f"{name}.recipe.json")
-        mix = mixes.mix(target["below"], checkpoint.tensors, checkpoint.metadata, True)
-        measured = by_label[target["label"]]["statistics"]["Mean KLD"]
+        mix = mixes.mix(target["below"], checkpoint.tensors, checkpoint.metadata, evaluation["mixes_with_importance"])
+        scored = by_label[target["label"]]["statistics"]
+        measured = scored and scored["Mean KLD"]
         stages = stage_rows(recipe.predicted_kld, folder.read_json(f"{name}.export.json"), measured)
         grids.append(
             _embedded(figures.recipe_grid(recipe, checkpoint.tensors, mix), f"recipe-{name}")
@@ -44,12 +45,12 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
                 "generated": target["generated"],
             }
         )
-    seen = experts.tokens_seen(checkpoint, Fisher(folder / "fisher"))
+    seen = experts.tokens_seen(checkpoint, Fisher(folder / "fisher")) if checkpoint.architecture.known else None
     values = {
         "evaluation": evaluation,
         "by_label": by_label,
         "state": folder.state,
-        "calibration_text": folder.read_json("calibrate-text.json"),
+        "calibration_text": folder.read_json("calibrate-text.json") if checkpoint.architecture.known else None,
         "agreement": agreement,
         "grids": grids,
         "frontier": _embedded(figures.frontier(evaluation), "frontier"),
@@ -66,9 +67,9 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
             beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
 
 
-def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float) -> list[dict[str, Any]]:
+def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float | None) -> list[dict[str, Any]]:
     """KLD after each stage of encoding, and how it is known. plain: predicted; exported: what notebook 06 wrote."""
-    rows = [{"stage": "as in the table", "KLD": plain, "known by": "the sensitivity table, on calibration text"}]
+    rows = [{"stage": "as in the table", "KLD": plain, "known by": "the sensitivity table"}]
     if told := exported["encoding"]:
         fed_back = [entry for entry in told if entry["level"] == "feedback"]
         how = f"the table times the output errors of {len(fed_back)} tensors, on chunks kept aside"
@@ -77,7 +78,8 @@ def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float
         before, after = exported["tuning"]["kld"]
         how = f"measured on chunks kept aside: {before:.4f} before, ratio {after / before:.3f}"
         rows.append({"stage": "scales and norms tuned", "KLD": after, "known by": how})
-    return [*rows, {"stage": "the file", "KLD": measured, "known by": "measured on the evaluation text"}]
+    how = "not measured" if measured is None else "measured on the evaluation text"
+    return [*rows, {"stage": "the file", "KLD": measured, "known by": how}]
 
 
 def file_tables(evaluation: Mapping[str, Any]) -> dict[str, str]:

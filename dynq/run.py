@@ -12,27 +12,21 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from dynq.allocate import allocate, candidates, parse_target
+from dynq.allocate import allocate, candidates, parse_bytes, parse_target
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe
+from dynq.imatrix import read_imatrix
 from dynq.progress import LineStream
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import Checkpoint
 
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
-_LEAST = {
-    "seed": 0,
-    "threads": 0,
-    "batch": 1,
-    "keep": 1,
-    "n_ctx": 2,
-    "n_chunks": 1,
-    "top_up": 0,
-    "n_swaps": 0,
-    "swap_chunks": 1,
-}
+_LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1, "top_up": 0}
 _LEAST |= {"n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
@@ -156,10 +150,11 @@ def plan(
     return tasks
 
 
-def check_sizes(tasks: Iterable[Task]) -> None:
+def check_sizes(tasks: Iterable[Task]) -> list[str]:
     """DynqError, before any work, where the model or a file is missing, a target too small or a pin fits no tensor.
 
-    The targets are allocated once with a table in which nothing costs anything: only the shapes count.
+    The targets are allocated once with a table in which nothing costs anything: only the shapes count. Returns what the
+    user should know of how the model is treated.
     """
     from pyarrow import Table
 
@@ -173,19 +168,21 @@ def check_sizes(tasks: Iterable[Task]) -> None:
     for step, own in steps.items():
         if step.startswith("export."):
             codec.check_level(own["encoding"], more=("feedback",))
+            parse_bytes(own["max_shard_size"])
     check_held_out(steps["calibrate"]["text"], steps["evaluate"]["eval_text"])
     for file in steps["evaluate"]["files"]:
         if not Path(file).expanduser().is_file():
             raise DynqError(f"{file}: no such file (files)")
     checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
     untied = "output.weight" in checkpoint.tensors  # what is only looked up has no inputs, hence no importance
+    bare = set() if checkpoint.architecture.known else _without_importance(checkpoint, steps)
     names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])
     rows = [
         {"tensor": name, "format": formats.usable(candidate, info.row), "predicted_kld": 0.0}
         for name, info in checkpoint.tensors.items()
         if info.quantizable
         for candidate in names
-        if not (formats.get(candidate).needs_importance and name == "token_embd.weight" and untied)
+        if not (formats.get(candidate).needs_importance and ((name == "token_embd.weight" and untied) or name in bare))
     ]
     for step, own in steps.items():
         if step.startswith("allocate."):
@@ -202,7 +199,28 @@ def check_sizes(tasks: Iterable[Task]) -> None:
                 header_bytes=header_bytes(checkpoint),
                 pins=own["pins"],
                 profile=own["profile"],
+                has_importance=not bare - {"token_embd.weight"},
             )
+    notes = list(checkpoint.notes)
+    if not checkpoint.architecture.known and not steps["calibrate"]["imatrix"]:
+        notes.append(
+            "no importance matrix: all inputs of a tensor count alike, and formats that need one are left out; "
+            "llama-imatrix makes one, --imatrix takes it"
+        )
+    return notes
+
+
+def _without_importance(checkpoint: "Checkpoint", steps: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The tensors without importance of a model that dynq cannot run. DynqError where it is asked to run it."""
+    where = f"{checkpoint.path}: dynq cannot run the architecture {checkpoint.architecture.name!r}"
+    if steps["calibrate"]["text"]:
+        raise DynqError(f"{where}, so there is nothing to calibrate; leave out --text, and give an --imatrix")
+    if any(own["search"] for step, own in steps.items() if step.startswith("allocate.")):
+        raise DynqError(f"{where}, which --search would have to; leave it out")
+    file = steps["calibrate"]["imatrix"]
+    if not file:
+        return {name for name, info in checkpoint.tensors.items() if info.quantizable}
+    return set(read_imatrix(file).check_model(checkpoint.tensors, file))
 
 
 def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> dict[str, Any]:
@@ -254,7 +272,9 @@ def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
         if "No space left on device" in error.evalue:
             raise DynqError(f"{folder.path}: the disk is full; make room and run the same command again") from None
         if error.ename == "MemoryError":
-            raise DynqError(f"{task.output}: out of memory; take a smaller batch or a larger machine") from None
+            raise DynqError(
+                f"{task.output}: out of memory; take fewer threads, a smaller n_ctx, or more memory"
+            ) from None
         raise RunFailed(
             f"{task.output}: {error.ename}: {_first_line(error.evalue)} (a defect; the trace is in {executed})"
         ) from None
@@ -300,13 +320,16 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
     lines = []
     for target in evaluation["targets"]:
         own = by_label[target["label"]]
-        kld, error = own["statistics"]["Mean KLD"], own["statistics"]["Mean KLD ±"]
         lines += [
             "",
             f"{folder / target['file']}",
             f"  size         {own['file_bytes'] / 2**30:.3f} GiB ({own['file_bytes']:,} bytes), {own['bpw']:.3f} bpw",
-            f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})",
         ]
+        if own["statistics"] is None:
+            lines.append(f"  KLD          {evaluation['text']['description']} (estimated {own['predicted_kld']:.4f})")
+            continue
+        kld, error = own["statistics"]["Mean KLD"], own["statistics"]["Mean KLD ±"]
+        lines.append(f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})")
         labels = [target.get(key) for key in ("below", "above", "like", "uniform")]
         rivals = [by_label[label] for label in dict.fromkeys(labels) if label]
         where = "at the same bytes" if target["inside"] else "(none is of that size: the nearest)"
@@ -320,6 +343,7 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
             lines.append(f"  llama.cpp    opened it and says: {_one_line(target['generated']['text'])}")
         else:
             lines.append("  llama.cpp    not asked: xllamacpp is not installed (pip install 'dynq[engine]')")
+    lines += [line for note in evaluation["model"]["notes"] for line in ("", f"  {note[:1].upper()}{note[1:]}.")]
     if evaluation["model"]["requantized"]:
         lines += ["", "  The source was quantized already: KLD is against that file, not against the original model."]
     return "\n".join([*lines[1:], "", f"report: {folder / 'report.html'}"])

@@ -6,6 +6,7 @@ Besides plain numbers two packings are read, in which large models are published
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -19,11 +20,16 @@ from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
 from dynq.files import load_json, parse_json, taking_apart
 
+_TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
 _LONGEST_HEADER = 1 << 25  # bytes; a hundred thousand tensors take 15 MB
+_PIECE = 1 << 22  # values that are read at once
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TILE = (128, 128)  # of float8 weights, where config.json does not say
 # OCP MX specification 1.0, section 5.3.3: the eight magnitudes of E2M1
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 _E2M1 = np.concatenate([_E2M1, -_E2M1])
+_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))  # section 5.4.1
 
 
 class _Readable(Protocol):
@@ -60,14 +66,25 @@ class _Stored:
         return np.fromfile(self.path, _TYPES[self.dtype], prod(self.shape), offset=self.offset).reshape(self.shape)
 
     def load(self) -> np.ndarray:
+        if self.dtype == "BF16":
+            return self._widened()
         raw = self.raw()
-        if self.dtype == "BF16":  # the upper half of a float32
-            wide = raw.astype(np.uint32)
-            wide <<= 16
-            raw = wide.view(np.float32)
-        elif self.dtype == "F8_E4M3":
+        if self.dtype == "F8_E4M3":
             raw = _e4m3()[raw]
         return raw.astype(np.float32, copy=False)
+
+    def _widened(self) -> np.ndarray:
+        """BF16 is the upper half of a float32. Piece by piece, so that nothing but the result is ever in memory."""
+        wide = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.uint32)
+        upper = wide.view("<u2")[1::2]
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for at in range(0, len(wide), _PIECE):
+                piece = np.fromfile(file, "<u2", min(_PIECE, len(wide) - at))
+                if not len(piece):
+                    raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
+                upper[at : at + len(piece)] = piece
+        return wide.view(np.float32).reshape(self.shape)
 
 
 def _e4m3() -> np.ndarray:
@@ -81,13 +98,23 @@ def _e4m3() -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Scaled:
-    """A float8 matrix and the factor of each of its tiles."""
+    """A float8 matrix, or a stack of them, and the factor of each of its tiles: those at the edges may be smaller."""
 
     codes: _Stored
     scales: _Stored
     tile: tuple[int, int]
 
     dtype = "F8_E4M3"
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != self.dtype or self.scales.dtype not in _FLOATS:
+            types = f"{self.codes.dtype} with scales in {self.scales.dtype}"
+            raise DynqError(f"{self.where} is in {types}, which is not read; F8_E4M3 with scales in F32 or BF16 is")
+        if len(self.shape) < 2:
+            raise DynqError(f"{self.where} has shape {list(self.shape)}: only matrices have tiles with scales")
+        *stack, rows, columns = self.shape
+        tiles = (*stack, -(-rows // self.tile[0]), -(-columns // self.tile[1]))
+        _check_shape(self.scales, tiles, f"{self.codes.name} {list(self.shape)} in tiles of {list(self.tile)}")
 
     @property
     def where(self) -> str:
@@ -99,20 +126,31 @@ class _Scaled:
 
     def load(self) -> np.ndarray:
         values, scales = self.codes.load(), self.scales.load()
-        for axis, size in ((0, self.tile[0]), (1, self.tile[1])):
+        for axis, size in zip((-2, -1), self.tile, strict=True):
             scales = np.repeat(scales, size, axis)
-        return values * scales[: values.shape[0], : values.shape[1]]
+        values *= scales[..., : values.shape[-2], : values.shape[-1]]
+        return values
 
 
 @dataclass(frozen=True)
 class _Mxfp4:
-    """Experts in MXFP4: blocks uint8 [expert, out, in / 32, 16], scales uint8 [expert, out, in / 32] (powers of two,
-    bias 127). A byte holds two neighbours, the first in its lower half. The parameter is [expert, in, out]."""
+    """Experts in MXFP4: blocks uint8 [expert, out, in / 32, 16], scales uint8 [expert, out, in / 32].
+
+    Scales are powers of two (bias 127, all ones is NaN). A byte of a block holds two neighbours, the first in its lower
+    half. The parameter is [expert, in, out].
+    """
 
     blocks: _Stored
     scales: _Stored
 
     dtype = "MXFP4"
+
+    def __post_init__(self) -> None:
+        _check_shape(self.blocks, (*self.blocks.shape[:3], 16), "MXFP4")
+        _check_shape(self.scales, self.blocks.shape[:3], f"{self.blocks.name} {list(self.blocks.shape)}")
+        for item in (self.blocks, self.scales):
+            if item.dtype != "U8":
+                raise DynqError(f"{item.where} is in {item.dtype}, MXFP4 wants U8")
 
     @property
     def where(self) -> str:
@@ -126,8 +164,13 @@ class _Mxfp4:
     def load(self) -> np.ndarray:
         codes = self.blocks.raw()
         values = np.stack([_E2M1[codes & 15], _E2M1[codes >> 4]], axis=-1)
-        values *= np.ldexp(np.float32(1), self.scales.raw().astype(np.int32) - 127)[..., None, None]
+        values *= _E8M0[self.scales.raw()][..., None, None]
         return values.reshape(*self.blocks.shape[:2], -1).swapaxes(1, 2)
+
+
+def _check_shape(item: _Readable, wanted: tuple[int, ...], why: str) -> None:
+    if item.shape != wanted:
+        raise DynqError(f"{item.where} has shape {list(item.shape)}, {why} wants {list(wanted)}; fetch it again")
 
 
 def files(path: Path) -> list[Path]:
@@ -201,8 +244,7 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> _Stored
     stored = _Stored(path, name, dtype, tuple(shape), start + begin)
     if stored.n_bytes != end - begin:
         raise DynqError(
-            f"{path}: tensor {name} of shape {shape} in {dtype} takes {stored.n_bytes:,} bytes, its header says "
-            f"{end - begin:,}; fetch it again"
+            f"{path}: tensor {name} has {end - begin:,} bytes, its shape wants {stored.n_bytes:,}; fetch it again"
         )
     return stored
 
@@ -217,16 +259,16 @@ def _unpacked(found: dict[str, _Stored], quantization: dict[str, Any] | None, pa
     readable: dict[str, _Readable] = {**found}
     for name, item in found.items():
         if name.endswith("_scale_inv") and (base := name.removesuffix("_scale_inv")) in found:
-            rows, columns = (quantization or {}).get("weight_block_size") or [128, 128]
-            if item.shape != tuple(-(-n // size) for n, size in zip(found[base].shape, (rows, columns), strict=True)):
-                raise DynqError(f"{item.where} has shape {item.shape}, which does not fit {base}; fetch it again")
+            rows, columns = (quantization or {}).get("weight_block_size") or _TILE
             readable[base] = _Scaled(found[base], item, (rows, columns))
             del readable[name]
         elif name.endswith("_scales") and (blocks := name.removesuffix("_scales") + "_blocks") in found:
-            if found[blocks].shape != (*item.shape, 16) or len(item.shape) != 3:
-                raise DynqError(f"{item.where} has shape {item.shape}, which does not fit {blocks}; fetch it again")
             readable[name.removesuffix("_scales")] = _Mxfp4(found[blocks], item)
             del readable[name], readable[blocks]
+    for rest in readable.values():
+        if isinstance(rest, _Stored) and (rest.dtype == "U8" or (rest.dtype == "F8_E4M3" and method == "fp8")):
+            scales = "its scales or its blocks are" if rest.dtype == "U8" else f"{rest.name}_scale_inv is"
+            raise DynqError(f"{rest.where} is packed ({rest.dtype}), but {scales} missing; fetch the model again")
     return readable
 
 
@@ -234,7 +276,7 @@ class Directory:
     """The tensors that the safetensors files of a directory hold, by GGUF name.
 
     shapes, dtypes: GGUF name -> shape in NumPy order, stored type; only tensors that are there. What no GGUF of a text
-    model has a place for (vision towers) is left out.
+    model has a place for is left out; towers: how many tensors of that are for images and sound.
 
     DynqError: a file is damaged, a tensor has a type that is not read or no place in the architecture.
     """
@@ -242,10 +284,12 @@ class Directory:
     def __init__(self, architecture: Architecture, path: Path, shards: Iterable[Path]):
         self._slots = architecture.slots
         found: dict[str, _Stored] = {}
+        self.towers = 0
         for shard in shards:
             for item in _header(shard):
                 name = architecture.transformers_name(item.name)
                 if name is None:
+                    self.towers += bool(_TOWER.search(item.name))
                     continue
                 if name in found:
                     raise DynqError(f"{item.where} is there twice, also as {found[name].where}; fetch the model again")
@@ -285,6 +329,7 @@ class Directory:
             return slot.take(self._load(slot.parameter, name))
         out = np.empty(self.shapes[name], np.float32)
         for i, part in enumerate(self._names(slot)):
+            _check_shape(self._found[part], out.shape[1:], f"the stack {name}")
             out[i] = self._load(part, name)
         return out
 

@@ -46,7 +46,7 @@ from dynq.progress import progress
 from dynq.recipe import Recipe
 from dynq.recorder import HEAD
 from dynq.sensitivity import head_divergence, parameter_error
-from dynq.torch_model import set_tensor
+from dynq.torch_model import check_in_memory, set_tensor
 
 REACH = 3  # options up and down from the present one that a round looks at
 PRICES = (3e-3, 1e-3, 3e-4, 1e-4, 0.0)  # of one change, as a part of the present KLD
@@ -203,6 +203,7 @@ def improve(
     """
     check_chunks(len(tokens))
     codec.check_level(level)
+    check_in_memory(model, "a search")
     about = {"formats": recipe.formats, "target": recipe.target, "room": problem.room, "level": level}
     about |= {"model": checkpoint.fingerprint, "dynq": dynq.__version__, "tokens": tokens.tolist()}
     about |= {"options": [[name, *row] for name, row in problem.options.items()]}

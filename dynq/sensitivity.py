@@ -88,8 +88,11 @@ def sensitivity(
     *,
     level: str = "plain",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> pa.Table:
     """Fill ``sensitivity.parquet`` of a run folder that is calibrated; return the table (columns: `SCHEMA`).
+
+    device: where the products with the samples are computed.
 
     Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
     the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
@@ -110,7 +113,7 @@ def sensitivity(
         for row in rows:
             log.write(json.dumps(row) + "\n")
         for name in progress([n for n in names if n not in done], desc="sensitivity", unit="tensor"):
-            new = _tensor_rows(checkpoint, name, fisher, factors, importance, candidates, level, threads)
+            new = _tensor_rows(checkpoint, name, fisher, factors, importance, candidates, level, threads, device)
             rows += new
             log.write("".join(json.dumps(row) + "\n" for row in new))
             log.flush()
@@ -137,14 +140,15 @@ def _tensor_rows(
     candidates: tuple[str, ...],
     level: str,
     threads: int | None,
+    device: str,
 ) -> list[dict[str, Any]]:
     info = checkpoint.tensors[name]
     weight = checkpoint.read(name)
     architecture = checkpoint.architecture
-    samples = fisher.samples(name)
+    samples = fisher.samples(name, device)
     shape = fisher.shapes[fisher.unit[name]]
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
-    head_samples = fisher.samples(HEAD) if is_head else None
+    head_samples = fisher.samples(HEAD, device) if is_head else None
     mean = importance.mean(name, info.row) if importance else None
     rows = []
     for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
@@ -152,13 +156,14 @@ def _tensor_rows(
             continue
         data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
         decoded = codec.dequantize(data, fmt, threads=threads)
-        error = parameter_error(architecture, name, decoded - weight, shape)
+        error = parameter_error(architecture, name, decoded - weight, shape).to(device)
         total, spread = 0.0, 0.0
         if name != HEAD:
             value, deviation = quadratic_form(error, samples)
             total, spread = factors[info.kind] * value, factors[info.kind] * deviation
         if head_samples is not None:
-            value, deviation = head_divergence(torch.from_numpy(weight), error, head_samples, architecture.logits)
+            own = torch.from_numpy(weight).to(device)
+            value, deviation = head_divergence(own, error, head_samples, architecture.logits)
             total, spread = total + value, float(np.hypot(spread, deviation))
         size = formats.tensor_bytes(fmt, info.shape)
         rows.append(

@@ -127,6 +127,9 @@ def load_text(
     if spec in ("", "sampled"):
         if model is None:
             raise DynqError("text sampled from the model needs the model; pass it, or name a file")
+        from dynq.torch_model import check_in_memory  # imports torch
+
+        check_in_memory(model, "text sampled from the model (give files with --text)")
         chunks, domains, source = _sampled_chunks(model, tokenizer, split, n_ctx, n_chunks, seed)
         source = f"{source} ({split} split), seed {seed}"
     else:

@@ -362,6 +362,21 @@ def added_bos(metadata: dict[str, Any]) -> int | None:
     return token if (adds or model == "gemma4") and isinstance(token, int) else None
 
 
+def name_that_tells(metadata: dict[str, Any]) -> str:
+    """`general.name`, with "Phi-3" in it if the tokenizer is Phi-3's: llama.cpp knows it by nothing else.
+
+    It does not open a file of that name without these tokens, as Phi-4's.
+    """
+    name: str = metadata["general.name"]
+    if metadata["general.architecture"] != "phi3" or _is_called_phi3(metadata):
+        return name
+    return f"{name} (Phi-3)" if {*_PHI3_KEEPS, "</s>"} <= set(metadata["tokenizer.ggml.tokens"]) else name
+
+
+def _is_called_phi3(metadata: dict[str, Any]) -> bool:
+    return any(name in metadata.get("general.name", "").lower() for name in ("phi-3", "phi3"))
+
+
 def from_gguf(metadata: dict[str, Any]) -> Any:
     """A transformers tokenizer (fast) rebuilt from GGUF's `tokenizer.*` keys.
 
@@ -404,7 +419,7 @@ def _from_gguf(metadata: dict[str, Any]) -> Any:
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if isinstance(token := get(f"{key}_token_id"), int) and 0 <= token < len(tokens)
     }
-    phi3 = any(name in metadata.get("general.name", "").lower() for name in ("phi-3", "phi3"))
+    phi3 = _is_called_phi3(metadata)
     added = [
         {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL, "normalized": False,
          "single_word": False, "lstrip": False, "rstrip": phi3 and tokens[i] not in _PHI3_KEEPS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 import transformers
 from transformers.initialization import no_init_weights
 
-from dynq import tokenizer
+from dynq import memory, tokenizer
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
+from dynq.layerwise import Reader, reader
 from dynq.progress import progress
 
 
@@ -20,22 +21,36 @@ def load_model(
     checkpoint: Checkpoint,
     weights: Iterable[tuple[str, np.ndarray]] | None = None,
     dtype: str = "float32",
+    *,
+    device: str = "cpu",
+    streamed: bool | None = None,
+    read: Callable[[str], np.ndarray] | None = None,
 ) -> Any:
-    """The transformers model of a checkpoint, in eval mode, on the CPU.
+    """The transformers model of a checkpoint, in eval mode.
 
     Args:
         checkpoint: where the config comes from, and the weights if none are given.
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda" or what else torch knows.
+        streamed: whether each decoder layer is read when it is called, see `dynq.layerwise`; by default where the
+            model does not fit into memory.
+        read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
 
     Raises:
         DynqError: a weight is missing or has the wrong shape.
     """
+    if not checkpoint.architecture.known:
+        raise DynqError(
+            f"{checkpoint.path}: dynq does not know the architecture {checkpoint.architecture.name!r} and cannot run "
+            "it; `dynq run` quantizes it by estimates, and measures the result in llama.cpp"
+        )
     # null is a value: without "sliding_window": null Mistral's would be 4096
     settings = checkpoint.config | {"tie_word_embeddings": checkpoint.tied}
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
-    attention = "eager" if settings.get("attn_logit_softcapping") else "sdpa"  # sdpa has no soft cap
+    # sdpa has no soft cap; None is sdpa where the model can use it
+    attention = "eager" if settings.get("attn_logit_softcapping") else None
     _check_size(checkpoint, config)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
@@ -43,13 +58,23 @@ def load_model(
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
+    checkpoint.architecture.complete(model)
+    names, read = list(checkpoint.tensors), read or checkpoint.read
+    if streamed is None:
+        streamed = weights is None and not memory.fits(checkpoint)
+    check_device(device)
+    if streamed:
+        # what was allocated above was never written to, so it has taken no memory
+        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
+        names = [name for name in names if checkpoint.tensors[name].layer is None]
+    model.to(device)
     if weights is None:
-        weights = ((name, checkpoint.read(name)) for name in checkpoint.tensors)
+        weights = ((name, read(name)) for name in names)
     filled = set()
-    for name, array in progress(weights, total=len(checkpoint.tensors), desc="load", unit="tensor", leave=False):
+    for name, array in progress(weights, total=len(names), desc="load", unit="tensor", leave=False):
         set_tensor(model, checkpoint, name, array)
         filled.add(checkpoint.architecture.parameter(name))
-    missing = [name for name, _ in model.named_parameters() if name not in filled]
+    missing = [name for name, p in model.named_parameters() if name not in filled and p.numel()]
     if missing:
         raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
     return model.eval()
@@ -67,6 +92,22 @@ def _check_size(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
+def check_device(device: str) -> None:
+    """DynqError where torch has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
+        raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
+
+
+def check_in_memory(model: Any, what: str) -> None:
+    """DynqError where the layers of a model are read one by one and `what` would read all of them over and over."""
+    if reader(model):
+        limit = f"in memory, which the model does not fit into ({memory.available() / 2**30:.1f} GiB)"
+        raise DynqError(f"{what} needs the model {limit}; leave it out, or take a larger machine")
+
+
 def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.ndarray) -> None:
     """Copy one tensor (float32, GGUF's layout) into the model in place. Tied weights follow.
 
@@ -82,17 +123,23 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
     if target is None:
         raise DynqError(f"tensor {gguf_name}: config.json describes a model without {slot.parameter}")
     wanted = slot.shape(tuple(target.shape))
-    if wanted != array.shape:
+    if _counted(wanted) != _counted(array.shape):
         raise DynqError(f"tensor {gguf_name}: shape {array.shape}, but config.json implies {wanted}")
     values = checkpoint.architecture.to_torch(gguf_name, array)
     with torch.no_grad():
         slot.put(target, torch.from_numpy(np.require(values, requirements=["C", "W"])).to(target.device))
 
 
+def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions that ggml counts: some converters write a matrix of one row as a vector."""
+    return _counted(shape[1:]) if shape[:1] == (1,) and len(shape) > 1 else shape
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer: the directory's tokenizer.json, or one rebuilt from the GGUF metadata."""
     if (checkpoint.path / "tokenizer.json").is_file():
         try:
+            # False and not None, which would ask on the terminal whether to run what a checkpoint brings along
             return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
         except Exception as error:  # its own, the tokenizers library's and Python's errors
             raise DynqError(f"{checkpoint.path}: transformers does not open its tokenizer: {error}") from error

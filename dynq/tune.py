@@ -34,6 +34,7 @@ from dynq.evaluate import kld
 from dynq.files import replacing
 from dynq.kernels import halves, scales
 from dynq.layer_inputs import kept_aside
+from dynq.layerwise import reader
 from dynq.progress import progress
 from dynq.torch_model import load_model, set_tensor
 
@@ -135,6 +136,10 @@ def tuned(
     is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
     report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
     """
+    if reader(teacher):
+        _write(report, {"reason": "the model does not fit into memory"})
+        yield from encoded(chosen)
+        return
     tensors = {name: (fmt, data) for name, fmt, data in encoded(chosen)}
     aside = kept_aside(domains)
     told: dict[str, Any]
@@ -149,10 +154,14 @@ def tuned(
         }
     else:
         told = {"reason": f"{len(tokens)} chunks of calibration text are too few to keep some aside"}
-    with replacing(report) as beside:
-        beside.write_text(json.dumps(told))
+    _write(report, told)
     for name, (fmt, data) in tensors.items():
         yield name, fmt, data
+
+
+def _write(report: Path, told: dict[str, Any]) -> None:
+    with replacing(report) as beside:
+        beside.write_text(json.dumps(told))
 
 
 class _Blocks:

@@ -14,7 +14,6 @@ TARGET = "3.5bpw"
 PARAMETERS = {
     "n_chunks": 4,
     "n_ctx": 64,
-    "batch": 2,
     "keep": 64,
     "formats": ["Q2_K", "Q3_K", "Q4_K"],
     "n_swaps": 2,

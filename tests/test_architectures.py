@@ -1,7 +1,9 @@
 """The real engine and transformers agree on exported files, and disagree on files that are wrong on purpose."""
 
 import math
+import shutil
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,16 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from families import BITS, EXACT, MODELS, WRONG
 from families.common import Wrong
+from safetensors.torch import load_file, save_file
 
 from dynq import architectures, libllama
 from dynq.allocate import allocate
-from dynq.architectures import ROPE_FREQS
 from dynq.architectures.rope import Rope
 from dynq.calibrate import calibrate
-from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.engine import Engine
 from dynq.errors import DynqError
 from dynq.export import export
@@ -99,7 +102,10 @@ def altered(right: Checkpoint, wrong: Wrong) -> Checkpoint:
 @pytest.mark.parametrize("wrong", WRONG, ids=[f"{w.model}: {w.what}" for w in WRONG])
 def test_wrong_export_is_seen(wrong: Wrong, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     right = tiny(wrong.model)
-    difference, _ = compare(right, write(altered(right, wrong), tmp_path / "wrong.gguf", "F16"))
+    path = write(altered(right, wrong), tmp_path / "wrong.gguf", "F16")
+    right = copy(right)
+    right.config = right.config | wrong.config
+    difference, _ = compare(right, path)
     assert difference > 0.5
 
 
@@ -160,7 +166,7 @@ def test_put_is_inverse_of_take(name: str, tiny: Callable[[str], Checkpoint]) ->
     filled = {parameter: torch.zeros_like(values) for parameter, values in parameters.items()}
     for tensor in checkpoint.tensors:
         slot = checkpoint.architecture.slot_of(tensor)
-        if tensor != ROPE_FREQS:
+        if slot.parameter in parameters:  # not what transformers computes, rope frequencies
             slot.put(filled[slot.parameter], torch.from_numpy(slot.take(parameters[slot.parameter].detach().numpy())))
     for parameter, values in parameters.items():
         torch.testing.assert_close(filled[parameter], values, rtol=1e-6, atol=1e-6, msg=parameter)
@@ -182,6 +188,85 @@ def test_there_and_back(name: str, tiny: Callable[[str], Checkpoint], tmp_path: 
         torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_longrope_is_known_by_its_tensors(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """llama.cpp's converter writes no type."""
+    right = tiny("phi-long")
+    path = write(altered(right, Wrong("", "", metadata={"rope.scaling.type": None})), tmp_path / "m.gguf", "F16")
+    one, other = load_model(right), load_model(open_checkpoint(path))
+    with torch.no_grad():  # the prompt is shorter than the original context, twice it is longer
+        for tokens in (torch.tensor([PROMPT]), torch.tensor([PROMPT * 2])):
+            torch.testing.assert_close(one(tokens).logits, other(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """GLM-4.5 and its relatives have one after the last layer, in safetensors and in llama.cpp's GGUF."""
+    right = tiny("glm4moe")
+    directory = shutil.copytree(right.path, tmp_path / "glm4moe")
+    stored = load_file(directory / "model.safetensors")
+    further = {name.replace("layers.2.", "layers.3."): t.clone() for name, t in stored.items() if "layers.2." in name}
+    further["model.layers.3.eh_proj.weight"] = torch.zeros(128, 256)
+    save_file(stored | further, directory / "model.safetensors", metadata={"format": "pt"})
+    assert list(open_checkpoint(directory).tensors) == list(right.tensors)
+    with_it = altered(right, Wrong("", "", metadata={"block_count": 4, "nextn_predict_layers": 1}))
+    with_it.tensors |= {
+        name.replace("blk.2.", "blk.3."): TensorInfo(name.replace("blk.2.", "blk.3."), info.shape, info.dtype)
+        for name, info in right.tensors.items()
+        if info.layer == 2
+    }
+    with_it.tensors["blk.3.nextn.eh_proj.weight"] = TensorInfo("blk.3.nextn.eh_proj.weight", (128, 256), "F32")
+    with_it._read = lambda name: (
+        np.zeros((128, 256), np.float32) if "eh_proj" in name else right.read(name.replace("blk.3.", "blk.2."))
+    )
+    back = open_checkpoint(write(with_it, tmp_path / "m.gguf", "F16"))
+    assert list(back.tensors) == list(right.tensors)
+    assert {k: v for k, v in back.metadata.items() if k.startswith("glm4moe.")} == pytest.approx(
+        {k: v for k, v in right.metadata.items() if k.startswith("glm4moe.")}
+    )
+
+
+def test_early_qwen2moe_files_open(tiny: Callable[[str], Checkpoint]) -> None:
+    """Without the sizes of experts in the metadata, and the shared expert's gate a vector."""
+    checkpoint = tiny("qwen2moe")
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    sizes = ("qwen2moe.expert_feed_forward_length", "qwen2moe.expert_shared_feed_forward_length")
+    early = {key: value for key, value in checkpoint.metadata.items() if key not in sizes}
+    config = architectures.for_gguf(early, shapes).config
+    assert (config["moe_intermediate_size"], config["shared_expert_intermediate_size"]) == (96, 192)
+    gate = "blk.1.ffn_gate_inp_shexp.weight"
+    assert shapes[gate] == (1, 128) and not checkpoint.tensors[gate].quantizable
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    vector = load_model(checkpoint, (weights | {gate: weights[gate][0]}).items())
+    for one, other in zip(load_model(checkpoint).parameters(), vector.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_llama4_beyond_its_first_chunk(tmp_path: Path) -> None:
+    """At position 8192 a chunk begins, and queries grow: numbers that no metadata holds. Medians, since where the best
+    two experts of a token are equally good rounding decides."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    checkpoint = open_checkpoint(
+        tiny_models.make("llama4-scout", tmp_path / "model", max_position_embeddings=16384, **sizes)
+    )
+    tokens = np.random.default_rng(0).integers(2, tiny_models.VOCAB - 64, 8300).astype(np.int32)
+    first, path = 8200, write(checkpoint, tmp_path / "32.gguf", "F32")
+    with libllama.Llama(libllama.find("xllamacpp"), path, n_ctx=8448, threads=1) as engine:
+        here = torch.log_softmax(torch.from_numpy(engine.logits(tokens, first)).double(), -1)
+    model = load_model(checkpoint)
+
+    def median(**change: Any) -> float:
+        config = transformers.Llama4TextConfig.from_dict(checkpoint.config | change)
+        other = transformers.AutoModelForCausalLM.from_config(config, dtype="float32").eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            there = other(ids, logits_to_keep=len(tokens) - first).logits[0, :-1]
+        return float((torch.log_softmax(there.double(), -1) - here).abs().amax(-1).median())
+
+    assert median() < 0.02  # the cache of keys and values is F16
+    assert median(attn_temperature_tuning=False) > 0.1
+    assert median(attention_chunk_size=16384) > 0.5
+
+
 def test_rope_settings_old_and_new_config_agree() -> None:
     new = Rope.from_config({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}})
     old = Rope.from_config({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0}})
@@ -190,8 +275,9 @@ def test_rope_settings_old_and_new_config_agree() -> None:
     assert Rope.from_config({}) == Rope(10000.0)
 
 
-def test_llama3_factors_are_those_of_transformers() -> None:
-    config = tiny_models.MODELS["llama"][1]
+@pytest.mark.parametrize(("model", "blends"), [("llama", True), ("llama4-scout", False)])
+def test_llama3_factors_are_those_of_transformers(model: str, blends: bool) -> None:
+    config = {"rope_parameters": tiny_models.MODELS[model][1]["rope_parameters"]}
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -199,20 +285,83 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     rope = Rope.from_config(config)
     factors = rope.factors(32)
     assert factors is not None
-    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1) & (factors < 8)).any()
+    assert factors[0] == 1 and factors[-1] == 8 and ((factors > 1) & (factors < 8)).any() == blends
     np.testing.assert_allclose(rope.inverse_frequencies(32) / factors, theirs.numpy(), rtol=1e-5)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not supported; supported are .*llama, mistral, .*qwen2, qwen3"),
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "field 'hidden_size': TypeError"),
         ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope_layers other than every 4th layer"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 2}, "no_rope_layers other than every 4th layer"),
+        (
+            {"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 12, "num_hidden_layers": 4},
+            "sliding",
+        ),
+        ({"model_type": "smollm3", "attention_bias": True}, "attention_bias and mlp_bias"),
+        ({"model_type": "smollm3", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for smollm3"),
+        ({"model_type": "phi3", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "glm4", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for glm4"),
+        ({"model_type": "granitemoeshared", "num_local_experts": 0}, "num_local_experts 0"),
+        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm True is not supported with 3 layers"),
+        ({"model_type": "cohere", "num_hidden_layers": 64}, "use_qk_norm False is not supported with 64 layers"),
+        ({"model_type": "cohere", "tie_word_embeddings": False}, "tie_word_embeddings false is not supported for coh"),
+        ({"model_type": "cohere2", "attention_bias": True}, "attention_bias is not supported for cohere2"),
+        ({"model_type": "cohere2", "sliding_window": None}, "sliding_window null"),
+        ({"rope_scaling": _YARN | {"beta_fast": 8.0}}, "beta_fast 8.0 of yarn is not supported"),
+        ({"rope_scaling": _YARN | {"truncate": False}}, "truncate False of yarn is not supported"),
+        ({"rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, "mscale 1.0 of yarn"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is not supported for qwen2"),
+        ({"model_type": "qwen2_moe", "norm_topk_prob": True}, "qwen2_moe is supported with norm_topk_prob false"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe is supported with norm_topk_prob true"),
+        ({"model_type": "qwen2_moe", "mlp_only_layers": [0]}, "layers without experts are not supported"),
+        ({"model_type": "qwen2_moe", "decoder_sparse_step": 2}, "layers without experts are not supported"),
+        ({"model_type": "qwen2_moe", "qkv_bias": False}, "qkv_bias false"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 64}, "attention_chunk_size 64 is not supported"),
+        ({"model_type": "llama4_text", "use_qk_norm": False}, "use_qk_norm False is not supported"),
+        ({"model_type": "llama4_text", "no_rope_layers": [1, 0, 1]}, r"no_rope_layers \[1, 0, 1\]"),
+        ({"model_type": "llama4_text", "moe_layers": [1]}, r"moe_layers \[1\]"),
+        ({"model_type": "qwen3", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for qwen3"),
+        ({"model_type": "gpt_oss", "rope_parameters": _LLAMA3}, "rope type 'llama3' is not supported for gpt_oss"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported, only 7.0 is"),
+        ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
+        ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
+        ({"model_type": "gpt_oss", "tie_word_embeddings": True}, "tie_word_embeddings is not supported for gpt_oss"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:
     config = {"model_type": "llama", **tiny_models.COMMON} | change
     with pytest.raises(DynqError, match=message):
         architectures.for_config(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("granite", {"rope.scaling.finetuned": False}, "no rotary positions"),
+        ("glm4", {"rope.dimension_sections": [8, 12, 12, 0]}, "a model that sees"),
+        ("cohere-large", {"block_count": 63}, "use_qk_norm True is not supported with 63 layers"),
+    ],
+)
+def test_unsupported_gguf(name: str, metadata: dict[str, Any], message: str, tiny: Callable[[str], Checkpoint]) -> None:
+    wrong = altered(tiny(name), Wrong("", "", metadata=metadata))
+    with pytest.raises(DynqError, match=message):
+        architectures.for_gguf(wrong.metadata, {n: info.shape for n, info in wrong.tensors.items()})
+
+
+def test_gpt_oss_opens_as_published_with_a_warning() -> None:
+    """Its yarn is the one llama.cpp cannot follow: the ends of the ramp are 8.09 and 17.4 there, 8 and 18 here."""
+    config = transformers.GptOssConfig(num_hidden_layers=2).to_dict()
+    assert config["rope_parameters"]["truncate"] is False
+    with pytest.warns(UserWarning, match="truncate false"):
+        metadata = architectures.for_config(config).metadata()
+    assert metadata["gpt-oss.rope.scaling.factor"] == 32

@@ -1,5 +1,6 @@
 """Opening models: every source reads alike, and damage is named in one line."""
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -83,6 +84,7 @@ def test_same_weights_as_transformers() -> None:
         ("blk.0.attn_q_norm.weight", (2, 8), False, "attn_q_norm", 0),
         ("blk.0.attn_q.bias", (8,), False, "attn_q.bias", 0),
         ("blk.0.ffn_gate_inp.weight", (8, 8), False, "ffn_gate_inp", 0),
+        ("blk.0.ffn_gate_inp_shexp.weight", (1, 8), False, "ffn_gate_inp_shexp", 0),
         ("rope_freqs.weight", (8,), False, "rope_freqs", None),
     ],
 )
@@ -249,6 +251,35 @@ def test_hub_not_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     refuses("owner/name", "owner/name: no such path here, and the Hugging Face hub did not give it: no connection")
 
 
+def test_code_of_a_checkpoint_is_never_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for config, model nor tokenizer, and nobody is asked: input() would wait for an answer."""
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    marker = tmp_path / "ran"
+    (llama / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass A:\n    pass\n")
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "evil.A")
+    edit(llama / "config.json", auto_map=classes)
+    edit(llama / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.A", "evil.A"]})
+    checkpoint = open_checkpoint(llama)
+    load_model(checkpoint)
+    load_tokenizer(checkpoint)
+    edit(llama / "tokenizer_config.json", tokenizer_class="ATokenizer")  # one that transformers does not have
+    with contextlib.suppress(Exception):  # whatever it says of it
+        load_tokenizer(checkpoint)
+    assert not marker.exists()
+
+
+def test_towers_are_left_out_and_said(llama: Path) -> None:
+    assert open_checkpoint(llama).notes == []
+    added = {"vision_tower.blocks.0.weight": torch.zeros(4, 4), "model.visual.proj.bias": torch.zeros(4)}
+    file = sorted(llama.glob("model-*.safetensors"))[0]
+    save_file(load_file(file) | added, file, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(llama)
+    (note,) = checkpoint.notes
+    assert note.startswith("2 tensors for images or sound are left out") and "mmproj" in note
+    assert not any("vis" in name for name in checkpoint.tensors)
+
+
 def test_directory_without_config(tmp_path: Path) -> None:
     refuses(tmp_path, r"not a Hugging Face model directory, config\.json is missing")
 
@@ -260,7 +291,7 @@ def test_config_that_is_not_json(llama: Path) -> None:
 
 def test_unsupported_architecture(llama: Path) -> None:
     edit(llama / "config.json", model_type="mamba")
-    refuses(llama, "'mamba' is not supported; supported are .*llama, mistral, .*qwen2, qwen3, qwen3_moe")
+    refuses(llama, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3, qwen3_moe")
 
 
 def test_no_weights(llama: Path) -> None:
@@ -339,16 +370,6 @@ def test_truncated_gguf(keep: float, llama: Path, tmp_path: Path) -> None:
     content = path.read_bytes().rstrip(b"\0") if keep == -1 else path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     refuses(path, r"m\.gguf: (truncated, tensor|the GGUF header is cut off)")
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    refuses(tmp_path / "m.gguf", "'mamba' is not supported; supported are .*llama, .*qwen2, qwen3, qwen3moe")
 
 
 def test_gguf_with_nan(llama: Path, tmp_path: Path) -> None:

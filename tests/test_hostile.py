@@ -185,9 +185,9 @@ def entry(begin: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, An
 
 EMBED = "model.embed_tokens.weight"
 SAFETENSORS: dict[str, tuple[Any, str]] = {
-    "size": ({EMBED: entry(0, 16, 8)}, "takes 32 bytes, its header says 16"),
+    "size": ({EMBED: entry(0, 16, 8)}, "has 16 bytes, its shape wants 32"),
     "2^60 weights": ({EMBED: entry(0, 2**62, 2**60)}, "truncated"),
-    "weights that wrap around": ({EMBED: entry(0, 0, 2**32, 2**32)}, "its header says 0"),
+    "weights that wrap around": ({EMBED: entry(0, 0, 2**32, 2**32)}, "has 0 bytes, its shape wants"),
     "past the end": ({EMBED: entry(96, 128, 8)}, "truncated"),
     "before the beginning": ({EMBED: entry(-8, 24, 8)}, "has the shape"),
     "negative size": ({EMBED: entry(0, 32, -8)}, "has the shape"),

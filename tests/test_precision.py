@@ -34,9 +34,8 @@ def with_bfloat16(monkeypatch) -> None:
 
 def quantized(fmt: str):
     checkpoint = open_checkpoint(CHECKPOINT)
-    return load_model(
-        checkpoint, export.simulate(checkpoint, compare.uniform(fmt, checkpoint.tensors), None, threads=1)
-    )
+    read = export.simulate(checkpoint, compare.uniform(fmt, checkpoint.tensors), None, threads=1)
+    return load_model(checkpoint, read=read)
 
 
 def test_a_coarse_file_is_measured_in_bfloat16(reference, with_bfloat16):

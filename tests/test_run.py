@@ -51,6 +51,16 @@ def test_step_is_made_again(tmp_path, damage):
     assert (folder / "out.txt").read_text() == "new"
 
 
+def test_outputs_of_before_that_are_none_now_go(tmp_path):
+    folder = RunFolder(tmp_path, force=True)
+    for names in (["a-1", "a-2"], ["a"]):
+        with folder.step("split", parameters={"cut": len(names)}, outputs=names) as todo:
+            assert todo
+            for name in names:
+                (tmp_path / name).write_text(name)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "run.json", "lock"}
+
+
 def test_version_of_dynq_counts(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     make(folder)
@@ -303,7 +313,7 @@ def test_no_process_stays_behind(execute):
         os.kill(pid, 0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", "-1"), ("batch", "0"), ("keep", "0"), ("eval_n_ctx", "2")])
+@pytest.mark.parametrize(("name", "value"), [("seed", "-1"), ("n_chunks", "0"), ("keep", "0"), ("eval_n_ctx", "2")])
 def test_plan_refuses_numbers_out_of_range(tmp_path, name, value):
     with pytest.raises(DynqError, match=f"{name} must be at least .*, not {value}"):
         runner.plan("dynq-tiny", ["3bpw"], RunFolder(tmp_path), texts={name: value})

@@ -168,6 +168,11 @@ def test_phi_3(llama: Path, tmp_path: Path) -> None:
     assert differ(ours, load_tokenizer(open_checkpoint(named))) == wide
     other = tokens(gguf_of(directory, SIZE + 10, tmp_path / "b.gguf", name="mini"), STRINGS + chats + plain + wide)
     assert differ(other, theirs) == ["<|end|>\n\n<|begin|>", *chats, *wide]
+    metadata = open_checkpoint(named).metadata | {"general.architecture": "phi3"}
+    assert tokenizer.name_that_tells(metadata) == "Phi-3-mini"
+    assert tokenizer.name_that_tells(metadata | {"general.name": "mini"}) == "mini (Phi-3)"
+    assert tokenizer.name_that_tells(metadata | {"general.name": "mini", "tokenizer.ggml.tokens": ["<s>"]}) == "mini"
+    assert tokenizer.name_that_tells(metadata | {"general.name": "x", "general.architecture": "llama"}) == "x"
 
 
 def test_gemma(gemma: Path, tmp_path: Path) -> None:

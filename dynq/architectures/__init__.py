@@ -55,6 +55,7 @@ class Architecture:
     arch: ClassVar[gguf.MODEL_ARCH]
     model_types: ClassVar[tuple[str, ...]]  # config.json's model_type; the first is written for a GGUF
     renamed: ClassVar[tuple[tuple[str, str], ...]] = ()  # (pattern, replacement): checkpoint names -> transformers'
+    known: ClassVar[bool] = True  # whether transformers can be filled with the model's tensors, so that it runs here
 
     def __init_subclass__(cls) -> None:
         if "arch" in cls.__dict__:
@@ -108,6 +109,9 @@ class Architecture:
         """The values that a GGUF tensor's slot takes: others only where transformers computes them otherwise."""
         return values
 
+    def complete(self, model: Any) -> None:
+        """Give a new transformers model what it makes in its first forward pass, and a slot has to find."""
+
     def logits(self, z: Any) -> Any:
         """What the model does with the output of its head (a tensor): a scale, a soft cap, or nothing."""
         return z
@@ -115,6 +119,20 @@ class Architecture:
     def extra_tensors(self) -> dict[str, np.ndarray]:
         """Tensors that a GGUF holds and a Hugging Face checkpoint computes (GGUF layout, float32)."""
         return {}
+
+
+class Unknown(Architecture):
+    """A GGUF of an architecture that no family here knows: names and metadata as they are, nothing of its layers."""
+
+    known = False
+
+    def __init__(self, name: str) -> None:
+        self.config = {}
+        self.name = name
+        self.slots = {}
+
+    def required(self) -> list[str]:
+        return []
 
 
 def supported() -> list[str]:
@@ -166,13 +184,22 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def for_gguf(metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Architecture:
-    """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order). DynqError as `for_config`."""
-    wanted = metadata.get("general.architecture")
+    """The architecture of a GGUF, from its metadata and tensor shapes (NumPy order); `Unknown` if no family reads it.
+
+    DynqError where the file is no language model: a projector for images or sound, an adapter, an importance matrix.
+    """
+    name, kind = metadata.get("general.architecture"), metadata.get("general.type", "model")
+    if name == "clip" or kind == "mmproj":
+        raise DynqError(
+            "a projector for images or sound (mmproj), no language model: give the language model's GGUF, and keep "
+            "this file as it is beside the result; llama.cpp takes it with --mmproj"
+        )
+    if kind != "model" or not isinstance(name, str):
+        raise DynqError(f"a GGUF of type {kind!r} and architecture {name!r}, not a model")
     for family in FAMILIES:
         if family.reads(metadata):
             return family(_completed(family.config_from_gguf(metadata, tensors)))
-    known = ", ".join(sorted({gguf.MODEL_ARCH_NAMES[family.arch] for family in FAMILIES}))
-    raise DynqError(f"the GGUF's architecture {wanted!r} is not supported; supported are {known}")
+    return Unknown(name)
 
 
 for _found in sorted(module.name for module in iter_modules(__path__)):

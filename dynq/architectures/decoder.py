@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -10,13 +11,22 @@ import numpy as np
 
 from dynq.architectures import ROPE_FREQS, Architecture
 from dynq.architectures.rope import Rope
-from dynq.architectures.slot import Slot, neighbours, part, whole
+from dynq.architectures.slot import Slot, View, neighbours, part, whole
 from dynq.errors import DynqError
 
-_INV_FREQ = "model.rotary_emb.inv_freq"  # transformers' buffer that stands for rope_freqs.weight
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+# GGUF's divisors of the frequencies -> where transformers has the quotients
+_FREQUENCIES = {
+    ROPE_FREQS: "model.rotary_emb.inv_freq",
+    _LONG: "model.rotary_emb.long_inv_freq",
+    _SHORT: "model.rotary_emb.original_inv_freq",
+}
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+WITHOUT_FACTORS = ("default", "linear", "dynamic", "yarn")
+"""Types of rope where llama.cpp reads no rope_freqs.weight."""
 
 Module = str | tuple[str, str]
 """A linear layer or norm inside a decoder layer ("mlp.up_proj"), whose GGUF name gguf's tensor map knows; or a pair,
@@ -38,7 +48,9 @@ class Decoder(Architecture):
     activations: ClassVar[tuple[str, ...]] = ("silu",)
     interleaved_rope: ClassVar[bool] = False  # llama.cpp rotates neighbours (2i, 2i+1) and not halves (i, i + dim/2)
     partial_rope: ClassVar[bool] = False  # only some dimensions of a head may be rotated
-    rope_types: ClassVar[tuple[str, ...]] = ("default", "linear", "dynamic", "yarn", "llama3")
+    rope_types: ClassVar[tuple[str, ...]] = (*WITHOUT_FACTORS, "llama3")
+    yarn_settings: ClassVar[frozenset[str]] = frozenset()  # those that the family itself cares for
+    ties: ClassVar[bool] = True  # the embedding may be the output's too
     norm_plus: ClassVar[float] = 0.0  # what GGUF adds to the weights of norms
     keys: ClassVar[dict[str, str]] = {
         "block_count": "num_hidden_layers",
@@ -64,6 +76,9 @@ class Decoder(Architecture):
         self.rope = Rope.from_config(config)
         if self.rope.type not in self.rope_types:
             raise DynqError(f"config.json: rope type {self.rope.type!r} is not supported for {config['model_type']}")
+        self.rope.check_yarn(self.yarn_settings)
+        if self.tied and not self.ties:
+            raise DynqError(f"config.json: tie_word_embeddings is not supported for {config['model_type']}")
         if self.rope.partial != 1 and not self.partial_rope:
             turned = f"config.json: {self.rotated} of {self.head_dim} dimensions of a head are rotated"
             raise DynqError(f"{turned}: not supported for {config['model_type']}")
@@ -85,7 +100,8 @@ class Decoder(Architecture):
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         names = gguf.get_tensor_name_map(self.arch, self.n_layer)
-        yield ROPE_FREQS, Slot(_INV_FREQ)
+        for name, buffer in _FREQUENCIES.items():
+            yield name, Slot(buffer)
         yield "token_embd.weight", self.slot("token_embd", "model.embed_tokens.weight")
         for layer in range(self.n_layer):
             inside = f"model.layers.{layer}"
@@ -105,17 +121,25 @@ class Decoder(Architecture):
         yield "output.weight", self.slot("output", "lm_head.weight")
 
     def required(self) -> list[str]:
-        names = [name for name in self.slots if name.endswith(".weight") and name != ROPE_FREQS]
+        names = [name for name in self.slots if name.endswith(".weight") and name not in _FREQUENCIES]
         return [name for name in names if not (self.tied and name == "output.weight")]
 
     def extra_tensors(self) -> dict[str, np.ndarray]:
+        if self.rope.type == "longrope":
+            kept = {_LONG: "long_factor", _SHORT: "short_factor"}
+            return {name: np.array(self.rope.settings[key], np.float32) for name, key in kept.items()}
         factors = self.rope.factors(self.rotated)
         return {} if factors is None else {ROPE_FREQS: factors}
 
     def to_torch(self, name: str, values: np.ndarray) -> np.ndarray:
-        if name == ROPE_FREQS:  # what divides the frequencies; transformers has the quotient
+        if name in _FREQUENCIES:
             return (self.rope.inverse_frequencies(self.rotated) / values).astype(np.float32)
         return values
+
+    def complete(self, model: Any) -> None:
+        if self.rope.type == "longrope":
+            rotary = model.model.rotary_emb
+            rotary.long_inv_freq = rotary.original_inv_freq.clone()
 
     def logits(self, z: Any) -> Any:
         z = z * (self.config.get("logit_scale") or 1) / (self.config.get("logits_scaling") or 1)
@@ -152,10 +176,12 @@ class Decoder(Architecture):
                 raise DynqError(f"the GGUF has no key {arch}.{key}: it is not a complete model")
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
         head_dim = metadata.get(f"{arch}.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
-        ids = {f"{key}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos")}
+        roles = {"bos": "bos", "eos": "eos", "pad": "padding"}  # None too: a default may lie beyond the vocabulary
+        ids = {f"{role}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in roles.items()}
+        rope = Rope.from_gguf(metadata, arch, head_dim, longrope=_LONG in tensors)
         return config | {
             "head_dim": head_dim,
-            "rope_parameters": Rope.from_gguf(metadata, arch, head_dim).to_config(),
+            "rope_parameters": rope.to_config(),
             "tie_word_embeddings": "output.weight" not in tensors,
             **ids,
         }
@@ -179,7 +205,13 @@ class Routed(Decoder):
     experts: ClassVar[str] = "mlp.experts"
     router: ClassVar[Module] = "mlp.gate"
     shared: ClassVar[tuple[Module, ...]] = ()  # experts that every token passes, and their gate
-    stored_experts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    stored_experts: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")  # none: never kept one by one
+    expert_views: ClassVar[dict[str, tuple[str, View]]] = {
+        "gate": ("gate_up_proj", part(0, 2, 1)),
+        "up": ("gate_up_proj", part(1, 2, 1)),
+        "down": ("down_proj", whole),
+    }
+    """Part of an expert -> transformers' parameter and the view of it that is the GGUF tensor."""
     keys = Decoder.keys | {
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
@@ -207,18 +239,16 @@ class Routed(Decoder):
         if not self.is_routed(layer):
             return super().modules(layer)
         first, second = self.norms
-        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in ("gate", "up", "down")]
+        experts = [(f"ffn_{part}_exps.weight", f"{self.experts}.{part}") for part in self.expert_views]
         return (first, *self.attention, second, self.router, *experts, *self.shared)
 
     def slot(self, kind: str, parameter: str) -> Slot:
-        views = {
-            "ffn_gate_exps": ("gate_up_proj", part(0, 2, 1), 0),
-            "ffn_up_exps": ("gate_up_proj", part(1, 2, 1), 1),
-            "ffn_down_exps": ("down_proj", whole, 2),
-        }
-        if kind not in views:
+        expert = re.fullmatch(r"ffn_(gate|up|down)_exps", kind)
+        if not expert:
             return super().slot(kind, parameter)
-        fused, view, which = views[kind]
+        fused, view = self.expert_views[expert[1]]
         experts = parameter.rpartition(".")[0]
-        stored = f"{experts}.{{}}.{self.stored_experts[which]}.weight"
-        return Slot(f"{experts}.{fused}", view, stored=stored, parts=self.n_expert)
+        if not self.stored_experts:
+            return Slot(f"{experts}.{fused}", view)
+        stored = self.stored_experts[list(self.expert_views).index(expert[1])]
+        return Slot(f"{experts}.{fused}", view, stored=f"{experts}.{{}}.{stored}.weight", parts=self.n_expert)

@@ -7,9 +7,8 @@ import gguf
 
 from dynq.architectures.decoder import ATTENTION, Decoder, Module
 from dynq.architectures.rope import Rope
+from dynq.architectures.sliding import WINDOW_KEYS, pattern_from_gguf, pattern_to_gguf
 from dynq.errors import DynqError
-
-_WINDOW_KEYS = {"attention.sliding_window": "sliding_window"}
 
 
 class _Gemma(Decoder):
@@ -39,19 +38,15 @@ class _Gemma(Decoder):
         return (first, *self.attention, after[0], second, *self.feed_forward, after[1])
 
     def metadata(self) -> dict[str, Any]:
-        sliding = [kind == "sliding_attention" for kind in self.config["layer_types"]]
-        return super().metadata() | {f"{self.name}.attention.sliding_window_pattern": sliding}
+        return super().metadata() | pattern_to_gguf(self.config, self.name)
 
     @classmethod
     def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         config = super().config_from_gguf(metadata, tensors)
         arch, layers = gguf.MODEL_ARCH_NAMES[cls.arch], config["num_hidden_layers"]
-        pattern = metadata.get(f"{arch}.attention.sliding_window_pattern", cls.every)
-        if isinstance(pattern, int):  # 0: none slides
-            pattern = [pattern > 0 and layer % pattern < pattern - 1 for layer in range(layers)]
         heads = config["num_attention_heads"]
         return config | {
-            "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+            "layer_types": pattern_from_gguf(metadata, arch, layers, cls.every),
             "query_pre_attn_scalar": config["hidden_size"] // heads if layers == cls.widest else config["head_dim"],
         }
 
@@ -67,7 +62,7 @@ class Gemma2(_Gemma):
     every, widest = 2, 46
     keys = (
         _Gemma.keys
-        | _WINDOW_KEYS
+        | WINDOW_KEYS
         | {
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
@@ -82,7 +77,7 @@ class Gemma3(_Gemma):
     model_types = ("gemma3_text",)
     attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
     every, widest = 6, 62
-    keys = _Gemma.keys | _WINDOW_KEYS | {"final_logit_softcapping": "final_logit_softcapping"}
+    keys = _Gemma.keys | WINDOW_KEYS | {"final_logit_softcapping": "final_logit_softcapping"}
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

@@ -13,7 +13,7 @@ from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, Decoder
 class Llama(Decoder):
     arch = gguf.MODEL_ARCH.LLAMA
     model_types: ClassVar[tuple[str, ...]] = ("llama", "mistral")
-    biases = (*ATTENTION, *FEED_FORWARD)  # attention_bias, mlp_bias
+    biases: ClassVar[tuple[str, ...]] = (*ATTENTION, *FEED_FORWARD)  # attention_bias, mlp_bias
     interleaved_rope = True
 
     @classmethod

@@ -4,13 +4,15 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, Decoder
+from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, WITHOUT_FACTORS, Decoder
 from dynq.errors import DynqError
 
 
 class Olmo2(Decoder):
     arch = gguf.MODEL_ARCH.OLMO2
     model_types = ("olmo2",)
+    rope_types = WITHOUT_FACTORS
+    ties = False
     attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -18,8 +20,6 @@ class Olmo2(Decoder):
         super().__init__(config)
         if config.get("attention_bias"):
             raise DynqError("config.json: attention_bias is not supported for olmo2")
-        if self.tied:
-            raise DynqError("config.json: tie_word_embeddings is not supported for olmo2")
 
     def modules(self, layer: int) -> tuple[str | tuple[str, str], ...]:
         after_attention, after_feed_forward = self.norms

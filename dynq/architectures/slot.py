@@ -27,6 +27,11 @@ def part(index: int, of: int, axis: int) -> View:
     return view
 
 
+def every(step: int, start: int) -> View:
+    """Every so many entries of the last axis: gate or up where they alternate."""
+    return lambda p: p[..., start::step]
+
+
 def transposed(p: Any) -> Any:
     """The last two axes exchanged: `[in, out]` to `[out, in]`."""
     return p.swapaxes(-1, -2)

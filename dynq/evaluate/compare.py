@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import dynq
-from dynq import export, formats, mixes
+from dynq import export, formats, mixes, shards
 from dynq.allocate import parse_target
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from dynq.evaluate import kld, precision
@@ -44,7 +44,7 @@ class Contender:
 
 def uniform(fmt: str, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Every quantizable tensor in one format, or in llama.cpp's fallback where its rows do not divide; the rest F32."""
-    return {name: formats.usable(fmt, info.row) if info.quantizable else "F32" for name, info in tensors.items()}
+    return {name: formats.usable(fmt, info.row) if info.quantizable else info.kept for name, info in tensors.items()}
 
 
 def stored_bytes(recipe: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> int:
@@ -59,38 +59,85 @@ def uniform_below(tensor_bytes: int, tensors: Mapping[str, TensorInfo]) -> str:
     return max(fitting, key=sizes.__getitem__) if fitting else min(UNIFORM, key=sizes.__getitem__)
 
 
+class Meter(Protocol):
+    """What runs the original and the contenders."""
+
+    about: list[Any]
+    """What its scores depend on beside the model, the text and the contender."""
+
+    def reference(self, path: Path) -> Any:
+        """What contenders are measured against, kept in files that begin with `path` until all are scored."""
+
+    def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
+        """ "statistics" of a contender: of the file where there is one, else of what its formats would make."""
+
+
+class Torch:
+    """Decodes a file, or encodes and decodes in memory, and runs it in torch. tokens: int32 ``[n_chunks, n_ctx]``."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, model: Any, importance: Importance | None, tokens: Any, threads: int | None = None
+    ):
+        self.about: list[Any] = [precision.SHARE]
+        self._checkpoint, self._model, self._tokens = checkpoint, model, tokens
+        self._importance, self._threads = importance, threads
+
+    def reference(self, path: Path) -> kld.Reference:
+        return kld.make_reference(self._model, self._tokens, path, desc="original")
+
+    def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
+        if file:
+            quantized = load_model(open_checkpoint(file, allow_requantize=True))
+        else:
+            read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
+            quantized = load_model(self._checkpoint, read=read)
+        scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
+        return {"statistics": kld.statistics(scores)} | asdict(arithmetic)
+
+
+class Unmeasured:
+    """Runs nothing: where neither torch nor llama.cpp can. Contenders have sizes and no statistics."""
+
+    def __init__(self) -> None:
+        self.about: list[Any] = ["not measured"]
+
+    def reference(self, path: Path) -> None:
+        return None
+
+    def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
+        return {"statistics": None}
+
+
 def compare(
     checkpoint: Checkpoint,
-    model: Any,
+    meter: Meter,
     folder: RunFolder,
     targets: Iterable[str],
-    importance: Importance,
     text: Mapping[str, Any],
-    tokens: Any,
     *,
-    threads: int | None = None,
+    has_importance: bool = True,
 ) -> dict[str, Any]:
     """Score the files of all targets, their neighbouring mixes and the uniform ones; what ``evaluation.json`` holds.
 
-    model: the original. text: description and hash of the evaluation text; tokens: int32 ``[n_chunks, n_ctx]``.
-    Each score is kept in ``scores/`` under the hash of all that it depends on, so that an interrupted evaluation, or
-    one with a target more, does not score anything twice.
+    text: description, hash, chunks and n_ctx of the evaluation text. has_importance: whether there is an importance
+    matrix, on which the mixes depend. Each score is kept in ``scores/`` under the hash of all that it depends on, so
+    that an interrupted evaluation, or one with a target more, does not score anything twice.
     """
     recipes = {target: Recipe.load(folder / f"{file_safe(target)}.recipe.json") for target in targets}
     tensors, metadata = checkpoint.tensors, checkpoint.metadata
     contenders: dict[str, Contender] = {}
     verdicts: list[dict[str, Any]] = []
     for target, recipe in recipes.items():
-        file = f"{file_safe(target)}.gguf"
-        around = mixes.neighbours(recipe.tensor_bytes, tensors, metadata, True)
+        exported = folder.read_json(f"{file_safe(target)}.export.json")
+        around = mixes.neighbours(recipe.tensor_bytes, tensors, metadata, has_importance)
         same = uniform_below(recipe.tensor_bytes, tensors)
-        predicted = folder.read_json(f"{file_safe(target)}.export.json")["predicted_kld"]
-        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, predicted)
-        beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, True)) for name in around[:2]]
+        file = exported["files"][0]  # of the shards, where it is split
+        own = Contender(f"dynq {target}", "dynamic", recipe.formats, file, exported["predicted_kld"])
+        beside = [Contender(name, "mix", mixes.mix(name, tensors, metadata, has_importance)) for name in around[:2]]
         like = parse_target(recipe.target).like  # an edited recipe's file has a name that is no target
         if like and like not in around[:2]:
             kind = "mix" if like in mixes.BASELINES else "other mix"
-            beside.append(Contender(like, kind, mixes.mix(like, tensors, metadata, True)))
+            beside.append(Contender(like, kind, mixes.mix(like, tensors, metadata, has_importance)))
         beside.append(Contender(f"uniform {same}", "uniform", uniform(same, tensors)))
         contenders |= {c.label: c for c in [own, *beside]}
         verdicts.append(
@@ -106,7 +153,7 @@ def compare(
             }
         )
 
-    scored = _score(checkpoint, model, folder, contenders, importance, text, tokens, threads)
+    scored = _score(checkpoint, meter, folder, contenders, text)
     for verdict in verdicts:
         verdict |= against_mixes(*(scored[verdict[key]] for key in ("label", "below", "above")))
         verdict["generated"] = folder.read_json(f"{file_safe(verdict['target'])}.export.json")["generated"]
@@ -116,15 +163,24 @@ def compare(
             "fingerprint": checkpoint.fingerprint,
             "n_weights": checkpoint.n_weights,
             "requantized": checkpoint.requantized,
+            "notes": checkpoint.notes,
         },
-        "text": dict(text) | {"chunks": len(tokens), "n_ctx": int(tokens.shape[1])},
+        "text": dict(text),
+        "mixes_with_importance": has_importance,
         "files": sorted(scored.values(), key=lambda entry: (entry["tensor_bytes"], entry["label"])),
         "targets": verdicts,
     }
 
 
-def against_mixes(entry: Mapping[str, Any], below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, float]:
-    """ "mix_kld", what the mixes around an entry reach at its bytes, and "kld_ratio" of its own KLD to that."""
+def against_mixes(
+    entry: Mapping[str, Any], below: Mapping[str, Any], above: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """ "mix_kld", what the mixes around an entry reach at its bytes, and "kld_ratio" of its own KLD to that.
+
+    None each where nothing was measured.
+    """
+    if entry["statistics"] is None:
+        return {"mix_kld": None, "kld_ratio": None}
     mix_kld = mixes.interpolate_kld(entry["tensor_bytes"], _point(below), _point(above))
     return {"mix_kld": mix_kld, "kld_ratio": entry["statistics"]["Mean KLD"] / mix_kld}
 
@@ -136,39 +192,30 @@ def _point(entry: Mapping[str, Any]) -> tuple[float, float]:
 
 def _score(
     checkpoint: Checkpoint,
-    model: Any,
+    meter: Meter,
     folder: RunFolder,
     contenders: Mapping[str, Contender],
-    importance: Importance,
     text: Mapping[str, Any],
-    tokens: Any,
-    threads: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Label -> entry of evaluation.json."""
-    imatrix = content_hash(folder / "imatrix.gguf")
+    imatrix = folder / "imatrix.gguf"
     paths: dict[str, Path] = {}
     for label, contender in contenders.items():
-        source = content_hash(folder / contender.file) if contender.file else imatrix
-        about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source, precision.SHARE]
+        files = shards.of(folder / contender.file) if contender.file else [imatrix] if imatrix.exists() else []
+        source = ",".join(map(content_hash, files))
+        about = [dynq.__version__, checkpoint.fingerprint, text["sha256"], contender.formats, source, *meter.about]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         paths[label] = Path("scores") / f"{file_safe(label)}.{key}.json"
 
     if missing := [label for label, path in paths.items() if not (folder / str(path)).exists()]:
         (folder / "scores").mkdir(exist_ok=True)
-        reference = kld.make_reference(model, tokens, folder / "scores" / "reference", desc="original")
+        reference = meter.reference(folder / "scores" / "reference")
         for label in missing:
             contender = contenders[label]
-            if contender.file:
-                file = open_checkpoint(folder / contender.file, allow_requantize=True)
-                quantized = load_model(file)
-            else:
-                weights = export.simulate(checkpoint, contender.formats, importance, threads=threads)
-                quantized = load_model(checkpoint, weights)
-            scores, arithmetic = precision.measure(quantized, reference, desc=label)
-            folder.write_json(str(paths[label]), {"statistics": kld.statistics(scores)} | asdict(arithmetic))
-            del quantized
-        (folder / "scores" / "reference.u16").unlink()  # vocabulary x tokens x 2 bytes: the largest file of the run
-        (folder / "scores" / "reference.json").unlink()
+            file = folder / contender.file if contender.file else None
+            folder.write_json(str(paths[label]), meter.score(contender, file, reference))
+        for kept in ("reference.u16", "reference.json"):  # vocabulary x tokens x 2 bytes: the largest file of the run
+            (folder / "scores" / kept).unlink(missing_ok=True)
 
     entries: dict[str, dict[str, Any]] = {}
     for label, contender in contenders.items():
@@ -177,7 +224,7 @@ def _score(
             "label": label,
             "kind": contender.kind,
             "tensor_bytes": size,
-            "file_bytes": (folder / contender.file).stat().st_size if contender.file else None,
+            "file_bytes": shards.total_bytes(folder / contender.file) if contender.file else None,
             "bpw": 8 * size / checkpoint.n_weights,
             "predicted_kld": contender.predicted_kld,
         } | folder.read_json(str(paths[label]))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynq import export, gguf_header, libllama, mixes, recipe, tokenizer
+from dynq import export, gguf_header, libllama, mixes, recipe, shards, tokenizer
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import compare, kld, logits_file, tables, tasks
@@ -82,9 +82,9 @@ def against_original(
             _write_logits(write_logits, original, read.tokens)
         entrants = [_entrant(label, path, checkpoint) for label, path in paths]
 
-        def load(*model: Any) -> Any:
+        def load(checkpoint: Checkpoint, read: Callable[[str], Any] | None = None) -> Any:
             original.release()
-            return load_model(*model)
+            return load_model(checkpoint, read=read)
 
         kept = Kept(folder)
         what = checkpoint.fingerprint, read.sha256, read.domains
@@ -173,12 +173,13 @@ def _check_context(n_ctx: int, n_chunks: int) -> None:
 
 def _existing(files: Sequence[Path]) -> list[tuple[str, Path]]:
     """(label, path) of every file, each once. DynqError for one that is not there: a slip, not a bad file."""
-    paths = list({path.resolve(): path for path in files}.values())
-    for path in paths:
+    for path in files:
         if not path.exists():
             raise DynqError(f"{path}: no such file")
         if path.is_dir():
             raise DynqError(f"{path}: a folder, not a GGUF file")
+    # of the shards of one file any stands for all
+    paths = list({shards.unsplit(path.resolve()): path for path in files}.values())
     return list(zip(labels(paths), paths, strict=True))
 
 
@@ -260,7 +261,7 @@ def _measured(entrants: Iterable[Entrant], bench: _Bench) -> list[dict[str, Any]
     """An entry for each file: measured, or with "error". What failed of a measured one stands in "not_measured"."""
     entries = []
     for entrant in entrants:
-        entry = {"label": entrant.label, "kind": "file", "file_bytes": entrant.path.stat().st_size}
+        entry = {"label": entrant.label, "kind": "file"}
         entries.append(entry | ({"error": entrant.error} if entrant.error else _measured_file(entrant, bench)))
     return entries
 
@@ -271,7 +272,7 @@ def _measured_file(entrant: Entrant, bench: _Bench) -> dict[str, Any]:
     except DynqError as error:
         return {"error": _one_line(error, entrant.path)}
     subject = tasks.Subject(entrant.label, file, lambda: bench.load(file), lambda: bench.base(file))
-    identity = ["file", content_hash(entrant.path)]
+    identity = ["file", ",".join(map(content_hash, file.files))]
     if bench.reads_text(identity):
         _ = subject.base  # outside of the try: no room for it on the disk is no fault of this file's
     try:
@@ -279,7 +280,8 @@ def _measured_file(entrant: Entrant, bench: _Bench) -> dict[str, Any]:
     except Exception as error:  # a damaged file may raise anything from gguf, NumPy or torch
         return {"error": _one_line(error, entrant.path)}
     size = entrant.tensor_bytes
-    entry = {"sha256": identity[1], "tensor_bytes": size, "bpw": 8 * size / entrant.n_weights, **found}
+    entry: dict[str, Any] = {"file_bytes": shards.total_bytes(file.path), "sha256": identity[1], "tensor_bytes": size}
+    entry |= {"bpw": 8 * size / entrant.n_weights, **found}
     for task in bench.asked:
         try:
             entry[task.name] = bench.ask(task, subject, identity)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dynq import layerwise
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.kernels import divergence
@@ -107,9 +108,19 @@ def log_probabilities(
     model: Any, tokens: np.ndarray, first: int, *, batch: int = 2, desc: str = "reference"
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities of a model chunk by chunk, float32 ``[scored, n_vocab]`` on the model's device."""
+    for logits in each_chunk(model, tokens, first, batch, desc):
+        yield log_softmax(logits)
+
+
+@torch.inference_mode()
+def each_chunk(model: Any, tokens: np.ndarray, first: int, batch: int, desc: str) -> Iterator[torch.Tensor]:
+    """Logits float32 ``[scored, n_vocab]`` of each chunk."""
+    if layerwise.reader(model):
+        for hidden in layerwise.through(model, tokens, desc):
+            yield layerwise.leave(model, hidden[:, first:-1])[0].float()
+        return
     for chunks in _batches(range(len(tokens)), batch, desc):
-        for logits in forward(model, tokens[chunks.start : chunks.stop], first):
-            yield log_softmax(logits)
+        yield from forward(model, tokens[chunks.start : chunks.stop], first)
 
 
 def forward(model: Any, tokens: np.ndarray, first: int) -> torch.Tensor:
@@ -146,9 +157,16 @@ def make_reference(
     ``path`` names two files, ``path.json`` and ``path.u16``. first: the first scored position, n_ctx / 2 by default.
     Raises DynqError where the disk has no room, before anything is computed.
     """
-    n_chunks, n_ctx = tokens.shape
-    first = n_ctx // 2 if first is None else first
-    shape = (n_chunks, n_ctx - 1 - first, model.config.get_text_config().vocab_size)
+    first = tokens.shape[1] // 2 if first is None else first
+    log_probs = log_probabilities(model, tokens, first, batch=batch, desc=desc)
+    return keep_reference(log_probs, tokens, first, model.config.get_text_config().vocab_size, path)
+
+
+def keep_reference(
+    log_probs: Iterable[torch.Tensor], tokens: np.ndarray, first: int, n_vocab: int, path: Path
+) -> Reference:
+    """Keep log-probabilities, float32 ``[scored, n_vocab]`` for each chunk of tokens, as `make_reference` does."""
+    shape = (len(tokens), tokens.shape[1] - 1 - first, n_vocab)
     need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:
         raise DynqError(
@@ -157,7 +175,7 @@ def make_reference(
         )
     with replacing(path.with_suffix(".u16")) as beside:
         depth = np.memmap(beside, np.uint16, "w+", shape=shape)
-        for chunk, log_p in enumerate(log_probabilities(model, tokens, first, batch=batch, desc=desc)):
+        for chunk, log_p in enumerate(log_probs):
             steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
             depth[chunk] = steps.cpu().numpy().astype(np.uint16)
         depth.flush()
@@ -208,11 +226,7 @@ def measure(
         )
     total = len(reference.tokens) if chunks is None else min(chunks, len(reference.tokens))
     rows = range(skip, total)
-    spans = _batches(rows, batch, desc)
-    tokens, first = reference.tokens, reference.first
-    return score(
-        (own for span in spans for own in forward(model, tokens[span.start : span.stop], first)), reference, rows
-    )
+    return score(each_chunk(model, reference.tokens[skip:total], reference.first, batch, desc), reference, rows)
 
 
 @torch.inference_mode()

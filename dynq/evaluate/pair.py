@@ -57,7 +57,7 @@ def equal_perplexity(*, threads: int | None = None) -> list[Encoded]:
         bar.update()
         for fmt in FORMATS:
             chosen = compare.uniform(fmt, checkpoint.tensors)
-            model = load_model(checkpoint, export.simulate(checkpoint, chosen, None, threads=threads))
+            model = load_model(checkpoint, read=export.simulate(checkpoint, chosen, None, threads=threads))
             scores = kld.measure(model, reference, desc="")
             answers = greedy.answer(model, asked, stop, n_tokens=ANSWER_TOKENS, desc="")
             parted = greedy.compare(wanted, answers, n_tokens=ANSWER_TOKENS)

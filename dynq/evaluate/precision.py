@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from dynq import layerwise
 from dynq.evaluate import kld
 
 SHARE = 0.02  # of the reported KLD, at most
@@ -95,10 +96,10 @@ def has_bfloat16() -> bool:
 def measure(model: Any, base: kld.Base, *, desc: str = "evaluate") -> tuple[kld.TokenScores, Arithmetic]:
     """What `kld.measure` gives, in bfloat16 where its floor allows it, and what was computed in.
 
-    model: float32, as `load_model` gives it. On another device than the CPU, and on a processor without bfloat16,
-    everything is float32.
+    model: float32, as `load_model` gives it. On another device than the CPU, on a processor without bfloat16, and
+    where layers are read one by one, everything is float32.
     """
-    if model.device.type != "cpu" or not has_bfloat16():
+    if model.device.type != "cpu" or not has_bfloat16() or layerwise.reader(model):
         return kld.measure(model, base, desc=desc), Arithmetic("float32", None)
     coarse = Bfloat16Products(model)
     floor = _floor(model, coarse, base.tokens)

@@ -50,7 +50,7 @@ def talk(
     found = [_spoken("/".join(sorted(kinds)), own, checkpoint, tokenizer, whole, whole)]
     for fmt in progress(names, desc="answers", unit="format"):
         chosen = compare.uniform(fmt, checkpoint.tensors)
-        model = load_model(checkpoint, export.simulate(checkpoint, chosen, importance, threads=threads))
+        model = load_model(checkpoint, read=export.simulate(checkpoint, chosen, importance, threads=threads))
         answers = greedy.answer(model, asked, stop, n_tokens=n_tokens, desc="")
         found.append(_spoken(fmt, chosen, checkpoint, tokenizer, answers, whole))
     return found

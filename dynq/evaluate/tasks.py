@@ -180,7 +180,7 @@ class Mmlu(Task):
         return asdict(self._answers(subject))
 
     def measure(self, subject: Subject, original: Any) -> dict[str, Any]:
-        size = subject.checkpoint.path.stat().st_size
+        size = sum(file.stat().st_size for file in subject.checkpoint.files)
         return mmlu.score(self._answers(subject), mmlu.Answers(**original), file_bytes=size)
 
     def describe(self, original: Any) -> dict[str, Any]:

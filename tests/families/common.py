@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 Change = Callable[[str, np.ndarray], np.ndarray]
 
@@ -12,13 +13,15 @@ Change = Callable[[str, np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Wrong:
     """A wrong export: of which model, what is wrong, how tensors change (GGUF name and values to values), metadata keys
-    after "<arch>." that change (None: left out), a tensor that is left out."""
+    after "<arch>." that change (None: left out), a tensor that is left out; or, where llama.cpp has something built in,
+    settings with which transformers does it otherwise."""
 
     model: str
     what: str
     change: Change | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     left_out: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def rope(kind: str = "default", theta: float = 300.0, **settings: Any) -> dict[str, Any]:
@@ -46,3 +49,10 @@ def plus(value: float, *endings: str) -> Change:
 def experts_turned(name: str, array: np.ndarray) -> np.ndarray:
     """Every expert's down projection in its neighbour's place."""
     return np.roll(array, 1, axis=0) if "ffn_down_exps.weight" in name else array
+
+
+def experts_biased(model: Any) -> None:
+    """Biases that change the choice of experts; they are buffers, and zero in a new model."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape) * 0.3)

@@ -1,11 +1,8 @@
 """DeepSeek V2 and V3."""
 
-from typing import Any
-
 import numpy as np
-import torch
 
-from families.common import Wrong, experts_turned, rope, without
+from families.common import Wrong, experts_biased, experts_turned, rope, without
 
 _LATENT = {
     "num_key_value_heads": 4,
@@ -28,13 +25,7 @@ MODELS = {
 }
 
 
-def _biased(model: Any) -> None:
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.randn(buffer.shape) * 0.3)
-
-
-PREPARE = {"deepseek3": _biased}
+PREPARE = {"deepseek3": experts_biased}
 
 
 def _heads_turned(name: str, array: np.ndarray) -> np.ndarray:

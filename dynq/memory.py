@@ -1,0 +1,60 @@
+"""How much memory there is, and whether a model fits into it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynq.allocate import parse_target
+from dynq.errors import DynqError
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import Checkpoint
+
+LIMIT = "DYNQ_MEMORY"
+"""An environment variable: bytes that dynq may take ("16GB"), where that is less than the machine has."""
+
+_BESIDES = 0.75  # of the memory may be weights: activations, Hessians and the interpreter take the rest
+_CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
+
+
+def available() -> int:
+    """Bytes of memory that this process can have: what is free, within the limits of its container and the user's."""
+    limits = [_free()]
+    for name in _CGROUPS:
+        if container := _number(Path("/sys/fs/cgroup") / name):
+            limits.append(container)
+    if os.environ.get(LIMIT):
+        limit = parse_target(os.environ[LIMIT])
+        if limit.kind != "file":
+            raise DynqError(f'{LIMIT}={limit.text!r} is not a number of bytes; write it as "16GB"')
+        limits.append(int(limit.value))
+    return min(limits)
+
+
+def resident(checkpoint: Checkpoint) -> int:
+    """Bytes of a model's weights in float32."""
+    return 4 * checkpoint.n_weights
+
+
+def fits(checkpoint: Checkpoint) -> bool:
+    """Whether a model can be in memory as a whole; else its layers are read when they are called (`layerwise`)."""
+    return resident(checkpoint) <= _BESIDES * available()
+
+
+def _free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all that there is
+        pages, size = "SC_PHYS_PAGES", "SC_PAGE_SIZE"
+        known = hasattr(os, "sysconf") and pages in os.sysconf_names
+        return os.sysconf(pages) * os.sysconf(size) if known else 8 << 30
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
