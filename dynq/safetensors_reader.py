@@ -307,8 +307,6 @@ class Directory:
                 continue  # some checkpoints store the tied head twice
             if all(part in self._found for part in names):
                 first = self._found[names[0]]
-                if odd := [part for part in names if self._found[part].shape != first.shape]:
-                    raise DynqError(f"{self._found[odd[0]].where} has another shape than {names[0]}; fetch it again")
                 whole = slot.parameter in self._found
                 self.shapes[name] = slot.shape(first.shape) if whole else (len(names), *first.shape)
                 self.dtypes[name] = first.dtype

@@ -106,7 +106,7 @@ GGUFS = {
     "long name": (header([], [tensor(b"a" * 5000, 8)]), "is empty, long or"),
     "2^60 keys": (header([], [], n_keys=2**60), "keys, of which no model"),
     "2^60 tensors": (header([], [], n_tensors=2**60), "tensors, of which no model"),
-    "more keys than there are": (header([], [], n_keys=9000, data=0), "cut off or damaged|name ''"),
+    "more keys than there are": (header([], [], n_keys=8000, data=0), "cut off or damaged|name ''"),
     "text of 2^63": (header([key(b"k", 8, b"\xff" * 7 + b"\x7f")], []), "cut off or damaged"),
     "list of 2^60 texts": (header([key(b"k", 9, struct.pack("<IQ", 8, 2**60))], []), "texts in its lists"),
     "list of 2^60 numbers": (header([key(b"k", 9, struct.pack("<IQ", 10, 2**60))], []), "numbers in its lists"),
@@ -143,19 +143,17 @@ def test_slashes_and_dots_in_a_name_are_a_name(tmp_path: Path) -> None:
         ({"llama.attention.head_count": "x"}, "damaged|config.json"),
         ({"llama.embedding_length": 2**62}, "hidden_size is"),
         ({"llama.attention.key_length": 2**40}, "head_dim is"),
-        ({"llama.vocab_size": None, "general.architecture": "\u202e"}, r"architecture '\\u202e' is not supported"),
     ],
 )
 def test_gguf_with_numbers_that_no_model_has(changes: dict[str, Any], words: str, sound: Path, tmp_path: Path) -> None:
     reader = Reader(sound / "model.gguf")
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", changes.get("general.architecture", "llama"))
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     for name, field in reader.fields.items():
         if name.startswith("llama.") and name not in changes:
             writer.add_key_value(name, field.contents(), field.types[0])
     for name, value in changes.items():
-        if value is not None and name != "general.architecture":
-            kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT64
-            writer.add_key_value(name, value, kind)
+        kind = gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT64
+        writer.add_key_value(name, value, kind)
     for item in reader.tensors:
         writer.add_tensor(item.name, item.data)
     writer.write_header_to_file()

@@ -118,7 +118,7 @@ def test_model_card_is_ready_for_the_hub(quick_run):
 
 def test_report_and_card_take_nothing_of_a_model_as_markup(quick_run, tmp_path):
     folder = RunFolder(shutil.copytree(quick_run[0], tmp_path / "run"))
-    own_names = {"kind", "label", "target", "file", "below", "above", "like", "uniform", "statistics"}
+    own_names = {"kind", "label", "target", "file", "below", "above", "like", "uniform", "statistics", "sha256", "fingerprint"}
     for name in ("evaluation.json", "calibrate-text.json", "3.5bpw.export.json"):
         folder.write_json(name, evil(folder.read_json(name), own_names))
     write_report(folder, open_checkpoint("dynq-tiny"))
