@@ -276,7 +276,16 @@ def _lock(file: TextIO, path: Path) -> None:
 
 def _is_step(value: Any) -> bool:
     kinds = {"state": str, "parameters": dict, "inputs": dict, "outputs": dict}
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(map(_is_inside, value["outputs"]))  # what a step no longer writes is removed
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the folder, or in one below it."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and len(part.encode(errors="replace")) < 256 for part in parts)
+    return plain and name.isprintable() and not set(name) & set("\\:")
 
 
 def _can_be_written(state: dict[str, Any]) -> bool:

@@ -391,6 +391,10 @@ def test_recipe_names_are_lines_of_their_own(tmp_path: Path) -> None:
 def test_run_json_that_is_none(steps: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"steps": steps}))
     refused(lambda: RunFolder(tmp_path).state, "run.json: not the record of a run; delete it")
+    for name in ("../../x", "/etc/x", "a/../../x", "..", ".", "", "a\\..\\x", "C:x", "a\0", "x" * 300):
+        step = {"state": "done", "parameters": {}, "inputs": {}, "outputs": {name: "0"}}
+        (tmp_path / "run.json").write_text(json.dumps({"steps": {"a": step}}))
+        refused(lambda: RunFolder(tmp_path).state, "not the record of a run")
     for value in (float("inf"), "\ud800"):
         (tmp_path / "run.json").write_text(json.dumps({"steps": {}, "dynq": value}))
         refused(lambda: RunFolder(tmp_path).state, "not the record of a run")
