@@ -80,7 +80,8 @@ class TensorInfo:
     def quantizable(self) -> bool:
         """llama.cpp's rule (tensor_allows_quantization): matrices named `.weight`, no norm, router or convolution.
 
-        A single row is a vector for ggml, which does not count dimensions of one at the end.
+        A single row is a vector for ggml, which does not count dimensions of one at the end. Gemma 4's
+        per_layer_model_proj, which llama-quantize leaves as it is, is quantized like any other layer.
         """
         if self.n_weights == self.row or not self.name.endswith(".weight"):
             return False
@@ -279,8 +280,13 @@ def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], flo
     further, layers = f"{arch}.nextn_predict_layers", f"{arch}.block_count"
     if not fields.get(further):
         return fields, math.inf
-    last = fields[layers] - fields[further]
-    return {key: value for key, value in fields.items() if key != further} | {layers: last}, last - 1
+    total, last = fields[layers], fields[layers] - fields[further]
+    kept = {
+        key: value[:last] if isinstance(value, list) and len(value) == total and key.startswith(f"{arch}.") else value
+        for key, value in fields.items()
+        if key != further
+    }
+    return kept | {layers: last}, last - 1
 
 
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
@@ -301,6 +307,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         fields, stored = whole, every
     types = {n: tensor.tensor_type.name for n, tensor in stored.items()}
     if architecture.known:
+        stored = {n: tensor for n, tensor in stored.items() if not architecture.leaves_out(n)}
         tensors = {n: TensorInfo(n, shapes[n], types[n]) for n in stored}
         for n in tensors:
             architecture.slot_of(n)  # raises for a tensor that the family does not have

@@ -44,6 +44,10 @@ class Hessian:
     matrix: np.ndarray
     tokens: int
 
+    def ordered(self, order: np.ndarray) -> "Hessian":
+        """The same with the inputs in another order."""
+        return Hessian(self.matrix[np.ix_(order, order)], self.tokens)
+
 
 Inputs = np.ndarray | Hessian
 

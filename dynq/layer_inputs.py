@@ -65,6 +65,9 @@ def feed_back(
             for name in bunch:
                 if name in missing:
                     read = hessians.get(name)
+                    order = checkpoint.architecture.slot_of(name).cols
+                    if read and order is not None:
+                        read = tuple([h.ordered(order) for h in some] for some in read)
                     reason = f"{chosen[name]} has no feedback" if name in modules else unread
                     _encode_part(checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads)
                 with safe_open(_part(parts, name), framework="np") as file:

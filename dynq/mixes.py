@@ -240,11 +240,13 @@ def mix(
         fmt = default
         if default in ("F32", "F16", "BF16"):
             pass
+        elif kind == "per_layer_model_proj":
+            fmt = "F16"  # llama-quantize leaves it as it is
         elif kind == "output" or (tied and kind == "token_embd"):
             fmt = _output(name, default, tensor.row)
         elif name == "MXFP4_MOE":
             fmt = "MXFP4" if len(tensor.shape) > 2 and tensor.shape[-3] > 1 else "Q8_0"
-        elif kind == "token_embd":
+        elif kind in ("token_embd", "per_layer_token_embd"):
             fmt = _token_embd(name, default)
         elif name in _FAVOURED:
             fmt = _few_bits(name, default, kind, i, model)

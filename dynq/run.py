@@ -174,15 +174,17 @@ def check_sizes(tasks: Iterable[Task]) -> list[str]:
         if not Path(file).expanduser().is_file():
             raise DynqError(f"{file}: no such file (files)")
     checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
-    untied = "output.weight" in checkpoint.tensors  # what is only looked up has no inputs, hence no importance
-    bare = set() if checkpoint.architecture.known else _without_importance(checkpoint, steps)
+    # what is only looked up has no inputs, hence no importance
+    bare = {"per_layer_token_embd.weight", *(["token_embd.weight"] if "output.weight" in checkpoint.tensors else [])}
+    if not checkpoint.architecture.known:
+        bare |= _without_importance(checkpoint, steps)
     names = candidates(steps["sensitivity"]["formats"], steps["sensitivity"]["profile"])
     rows = [
         {"tensor": name, "format": formats.usable(candidate, info.row), "predicted_kld": 0.0}
         for name, info in checkpoint.tensors.items()
         if info.quantizable
         for candidate in names
-        if not (formats.get(candidate).needs_importance and ((name == "token_embd.weight" and untied) or name in bare))
+        if not (formats.get(candidate).needs_importance and name in bare)
     ]
     for step, own in steps.items():
         if step.startswith("allocate."):

@@ -39,7 +39,7 @@ def load_model(
         read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
 
     Raises:
-        DynqError: a weight is missing or has the wrong shape.
+        DynqError: a weight is missing or has the wrong shape; streamed layers that are not apart.
     """
     if not checkpoint.architecture.known:
         raise DynqError(
@@ -64,6 +64,8 @@ def load_model(
         streamed = weights is None and not memory.fits(checkpoint)
     check_device(device)
     if streamed:
+        if not checkpoint.architecture.layers_apart:
+            raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
         # what was allocated above was never written to, so it has taken no memory
         Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
         names = [name for name in names if checkpoint.tensors[name].layer is None]

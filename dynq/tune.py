@@ -278,7 +278,9 @@ class _Search:
         for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
             slot, vector = checkpoint.architecture.slot_of(name), len(checkpoint.tensors[name].shape) == 1
             parameter = parameters.get(slot.parameter)
-            if parameter is not None and (fmt in halves.AT or (fmt == "F32" and vector)):
+            if parameter is None or slot.decay:  # multiplying a decay adds to its logarithm: no multiplier's gradient
+                continue
+            if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
                 self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
         self.hooks = [

@@ -13,8 +13,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from families import BITS, EXACT, MODELS, WRONG
-from families.common import Wrong
+from families import BITS, EXACT, FLIPS, MODELS, WRONG
+from families.common import Wrong, rope
 from safetensors.torch import load_file, save_file
 
 from dynq import architectures, libllama
@@ -69,7 +69,8 @@ def compare(checkpoint: Checkpoint, path: Path) -> tuple[float, float]:
 @pytest.mark.parametrize("name", MODELS)
 def test_engine_agrees_with_transformers(name: str, tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
     checkpoint = tiny(name)
-    difference, entropy = compare(checkpoint, write(checkpoint, tmp_path / "16.gguf", "F16"))
+    steady = open_checkpoint(tiny_models.make(name, tmp_path / "all", **FLIPS[name])) if name in FLIPS else checkpoint
+    difference, entropy = compare(steady, write(steady, tmp_path / "16.gguf", "F16"))
     assert entropy < 0.5
     assert difference < 0.05  # llama.cpp rounds the activations to F16 as well where the weights are
     difference, _ = compare(checkpoint, write(checkpoint, tmp_path / "32.gguf", "F32"))
@@ -267,6 +268,35 @@ def test_llama4_beyond_its_first_chunk(tmp_path: Path) -> None:
     assert median(attention_chunk_size=16384) > 0.5
 
 
+def test_shared_keys_and_values_are_left_out(tiny: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    """Gemma 4's checkpoints, and the GGUFs that llama.cpp makes of them, hold some for the layers that use others'."""
+    right = tiny("gemma4")
+    directory = shutil.copytree(right.path, tmp_path / "gemma4")
+    stored = load_file(directory / "model.safetensors")
+    unused = {
+        name.replace(f"layers.{layer}.", f"layers.{layer + 2}."): tensor.clone()
+        for name, tensor in stored.items()
+        for layer in (0, 1)
+        if f"layers.{layer}.self_attn." in name and name.endswith(("k_proj.weight", "v_proj.weight", "k_norm.weight"))
+    }
+    assert len(unused) == 6 and not set(unused) & set(stored)
+    save_file(stored | unused, directory / "model.safetensors", metadata={"format": "pt"})
+    assert list(open_checkpoint(directory).tensors) == list(right.tensors)
+    with_them = altered(right, Wrong("", "", metadata={"attention.head_count_kv": 2}))
+    more = [f"blk.{layer}.attn_{kind}.weight" for layer in (2, 3) for kind in ("k", "v", "k_norm")]
+    for name in more:
+        first = right.tensors[name.replace("blk.2", "blk.0").replace("blk.3", "blk.1")]
+        with_them.tensors[name] = TensorInfo(name, first.shape, first.dtype)
+    with_them._read = lambda name: (
+        np.ones(with_them.tensors[name].shape, np.float32) if name in more else right.read(name)
+    )
+    path = write(with_them, tmp_path / "m.gguf", "F16")
+    assert set(more) < {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    back = open_checkpoint(path)
+    assert list(back.tensors) == list(right.tensors)
+    assert compare(right, write(back, tmp_path / "again.gguf", "F16"))[0] < 0.05
+
+
 def test_rope_settings_old_and_new_config_agree() -> None:
     new = Rope.from_config({"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}})
     old = Rope.from_config({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", "factor": 8.0}})
@@ -292,6 +322,8 @@ def test_llama3_factors_are_those_of_transformers(model: str, blends: bool) -> N
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"rope_theta": 300.0, "original_max_position_embeddings": 256}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_GEMMA4 = {"model_type": "gemma4_text", "num_hidden_layers": 6, "vocab_size_per_layer_input": tiny_models.VOCAB}
+_QWEN35 = {"model_type": "qwen3_5_text", "rms_norm_eps": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +368,18 @@ _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings":
         ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias false"),
         ({"model_type": "gpt_oss", "sliding_window": None}, "sliding_window"),
         ({"model_type": "gpt_oss", "tie_word_embeddings": True}, "tie_word_embeddings is not supported for gpt_oss"),
+        ({"model_type": "qwen3_5_text"}, "rms_norm_eps 1e-05"),
+        (_QWEN35 | {"linear_value_head_dim": 64}, "linear_key_head_dim and linear_value_head_dim that differ"),
+        (_QWEN35 | {"linear_num_value_heads": 24}, "24 linear value heads do not share 16 key heads"),
+        (_QWEN35 | {"attention_bias": True}, "attention_bias"),
+        (_QWEN35 | {"model_type": "qwen3_next", "mlp_only_layers": [1]}, "mlp_only_layers"),
+        (_QWEN35 | {"model_type": "qwen3_next", "norm_topk_prob": False}, "norm_topk_prob false"),
+        (_GEMMA4 | {"vocab_size_per_layer_input": 100}, "vocab_size_per_layer_input"),
+        (_GEMMA4 | {"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
+        (_GEMMA4 | {"attention_bias": True}, "attention_bias"),
+        (_GEMMA4 | {"num_kv_shared_layers": 1, "num_hidden_layers": 12}, "must leave a sliding and a full layer"),
+        (_GEMMA4 | {"per_layer_config": {"0": {"head_dim": 64}}}, "one width for all full attention"),
+        (_QWEN35 | rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5), r"mrope_section \[4, 2, 2\]"),
     ],
 )
 def test_unsupported_config(change: dict[str, Any], message: str) -> None:

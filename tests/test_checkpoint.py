@@ -210,6 +210,33 @@ def test_tied_head_stored_twice_is_left_out(tmp_path: Path) -> None:
     assert "output.weight" not in open_checkpoint(directory).tensors
 
 
+def test_gguf_with_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes Qwen3.5: behind the others, counted with them; they are left out."""
+    there = open_checkpoint(tiny_models.make("qwen35moe", tmp_path / "m"))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "qwen35moe")
+    tensors = {name: there.read(name) for name in there.tensors}
+    more = {name.replace("blk.3.", "blk.4."): array for name, array in tensors.items() if name.startswith("blk.3.")}
+    for name, array in (tensors | more | {"blk.4.nextn.eh_proj.weight": np.ones((4, 8), np.float32)}).items():
+        writer.add_tensor(name, array)
+    changed = {"block_count": 5, "nextn_predict_layers": 1}
+    changed["attention.recurrent_layers"] = [*there.metadata["qwen35moe.attention.recurrent_layers"], False]
+    for key, value in (there.metadata | {f"qwen35moe.{key}": value for key, value in changed.items()}).items():
+        if key != "general.architecture":
+            kind = gguf.GGUFValueType.ARRAY if isinstance(value, list) else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    back = open_checkpoint(tmp_path / "m.gguf")
+    assert back.metadata == there.metadata | {
+        k: pytest.approx(v) for k, v in there.metadata.items() if type(v) is float
+    }
+    assert {n: i.shape for n, i in back.tensors.items()} == {n: i.shape for n, i in there.tensors.items()}
+    for name in there.tensors:
+        assert np.array_equal(back.read(name), tensors[name])
+
+
 def test_reader_agrees_with_gguf(llama: Path, tmp_path: Path) -> None:
     """The fast reading of arrays gives what gguf's own gives."""
     path = write_gguf(llama, tmp_path / "m.gguf", "F16")
@@ -291,7 +318,7 @@ def test_config_that_is_not_json(llama: Path) -> None:
 
 def test_unsupported_architecture(llama: Path) -> None:
     edit(llama / "config.json", model_type="mamba")
-    refuses(llama, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3, qwen3_moe")
+    refuses(llama, "'mamba' is not supported; supported are .*llama, .*mistral, .*qwen2, .*qwen3, .*qwen3_moe")
 
 
 def test_no_weights(llama: Path) -> None:

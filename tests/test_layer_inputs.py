@@ -134,6 +134,27 @@ def test_a_single_text_is_fed_back_without_the_guard(parts_of, tmp_path) -> None
     assert [entry["level"] for entry in reports(tmp_path / "p", list(chosen))].count("feedback") > 5
 
 
+def test_inputs_are_in_the_order_of_columns(tmp_path, monkeypatch) -> None:
+    """Of a layer whose columns GGUF orders otherwise: W H W^T sums the squares of the outputs that it has in torch."""
+    checkpoint = open_checkpoint(tiny_models.make("qwen35", tmp_path / "tiny"))
+    model, name, domains = load_model(checkpoint), "blk.0.ssm_out.weight", ["a"] * 4
+    tokens = np.random.default_rng(0).integers(2, 300, (len(domains), N_CTX)).astype(np.int32)
+    outputs: list[np.ndarray] = []
+    with torch.no_grad():
+        layer = model.model.layers[0].linear_attn.out_proj
+        with layer.register_forward_hook(lambda _, args, out: outputs.append(out.double().numpy()[0])):
+            for row in tokens[:3]:
+                model(torch.from_numpy(row[None].astype(np.int64)))
+    encode, given = feedback.encode, list[feedback.Hessian]()
+    monkeypatch.setattr(
+        feedback, "encode", lambda w, fmt, fit, *rest, **how: given.extend(fit) or encode(w, fmt, fit, *rest, **how)
+    )
+    list(feed_back(checkpoint, {name: "Q4_0"}, None, model, tokens, domains, tmp_path / "p", threads=1))
+    weights = checkpoint.read(name).astype(np.float64)
+    energy = ((weights @ given[0].matrix) * weights).sum(1)
+    np.testing.assert_allclose(energy, np.square(np.concatenate(outputs)).sum(0), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "domains, aside",
     [("a", []), ("aa", [1]), ("aaa", [2]), ("aaaa", [3]), ("aaaaaaa", [3]), ("abab", [2, 3]), ("aabaaacaa", [4])],

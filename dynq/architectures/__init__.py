@@ -105,6 +105,15 @@ class Architecture:
             name = re.sub(pattern, replacement, name)
         return None if _LEFT_OUT.search(name) else name
 
+    @property
+    def layers_apart(self) -> bool:
+        """Whether a layer is given what the one before it made, positions and masks, and nothing else that is made."""
+        return True
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether files of this GGUF architecture may hold a tensor that no model uses."""
+        return False
+
     def to_torch(self, name: str, values: np.ndarray) -> np.ndarray:
         """The values that a GGUF tensor's slot takes: others only where transformers computes them otherwise."""
         return values

@@ -21,7 +21,8 @@ _YARN_FIXED = {
     "mscale_all_dim": 0,
 }
 # "dynamic" changes nothing below the trained context length, and llama.cpp has no such mode: it is written as none.
-_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+_STILL = 1e30  # divides the frequencies of pairs that do not turn
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rope:
         if kind not in _TYPES:
             raise DynqError(f"config.json: rope type {kind!r} is not supported here; known are {', '.join(_TYPES)}")
         partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-        if kind not in ("default", "longrope") and "factor" not in settings:
+        if kind not in ("default", "longrope", "proportional") and "factor" not in settings:
             raise DynqError(f"config.json: rope type {kind!r} has no 'factor'")
         if kind in ("yarn", "longrope"):
             longest = config.get("max_position_embeddings")
@@ -141,11 +142,17 @@ class Rope:
         return self.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
 
     def factors(self, dim: int) -> np.ndarray | None:
-        """llama3's divisor of each frequency, float32 [dim / 2]; None for any other type.
+        """The divisor of each frequency, float32 [dim / 2]; None for types that have none of their own.
 
+        Proportional: the pairs behind the rotated fraction stand still, and the others turn as if all did.
         Llama 3.1's rule: wavelengths shorter than `old / high_freq_factor` are kept, longer than
         `old / low_freq_factor` are stretched by `factor`, and between the two the inverse blends linearly.
         """
+        if self.type == "proportional":
+            turned = int(self.partial * dim // 2)
+            factors = np.full(dim // 2, self.settings.get("factor", 1.0), np.float32)
+            factors[turned:] = _STILL
+            return factors
         if self.type != "llama3":
             return None
         factor = float(self.settings["factor"])

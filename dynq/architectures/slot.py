@@ -54,53 +54,66 @@ class Slot:
 
     parameter: transformers' parameter or buffer.
     view: of the parameter; its values, in C order, are those of the GGUF tensor.
+    rows: which of the view's, in GGUF's order, where no view gives them; all if None.
+    cols: the order of the columns alike; not both.
     merge: so many leading axes of the view are one in GGUF.
     plus: what GGUF adds to the values: 1 for norms that transformers keeps as w - 1.
+    decay: GGUF holds -exp(value): decays, of which transformers keeps the logarithm.
     stored, parts: how checkpoints name the matrices that are stacked, "{}" standing for the number, and how many there
         are: experts that are saved apart. A checkpoint may hold the whole parameter instead.
     """
 
     parameter: str
     view: View = whole
+    rows: np.ndarray | None = None
+    cols: np.ndarray | None = None
     merge: int = 0
     plus: float = 0.0
+    decay: bool = False
     stored: str = ""
     parts: int = 0
 
     @property
     def linear(self) -> bool:
-        """Whether the GGUF tensor is all of the parameter, its rows in some order: y = W x holds for both."""
+        """Whether the GGUF tensor is rows of the parameter: y = W x holds for both, x in the order of `cols`."""
         return self.view is whole or self.merge > 0
 
     @property
     def same(self) -> bool:
         """Whether GGUF holds the parameter as it is."""
-        return self.view is whole and not self.plus
+        return self.view is whole and self.rows is None and self.cols is None and not self.plus and not self.decay
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The GGUF tensor's shape for a parameter of this shape."""
-        return tuple(self._merged(self.view(np.broadcast_to(np.float32(0), shape))).shape)
+        return tuple(self.gather(np.broadcast_to(np.False_, shape)).shape)
 
     def gather(self, parameter: Any) -> Any:
         """The parameter's entries (or those of its gradient) in GGUF's order and shape, as they are: array or tensor.
 
         A copy, unless both agree.
         """
-        return self._merged(self.view(parameter))
+        values = self.view(parameter)[self._at]
+        return values.reshape(-1, *values.shape[self.merge :]) if self.merge else values
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
         """The GGUF tensor's values from the parameter's: C-contiguous."""
         values = np.ascontiguousarray(self.gather(parameter))
+        if self.decay:
+            values = -np.exp(values)
         return values + np.float32(self.plus) if self.plus else values
 
     def put(self, parameter: Any, values: Any) -> None:
         """Write the GGUF tensor's values into the parameter in place (NumPy arrays or torch tensors, both alike)."""
-        self.scatter(parameter, values - self.plus if self.plus else values)
+        values = values - self.plus if self.plus else values
+        if self.decay:
+            values = np.log(-values) if isinstance(values, np.ndarray) else (-values).log()
+        self.scatter(parameter, values)
 
     def scatter(self, parameter: Any, values: Any) -> None:
         """The inverse of `gather`, in place: also for differences of values."""
         target = self.view(parameter)
-        target[...] = values.reshape(tuple(target.shape))
+        shape = tuple(target.shape) if self.rows is None else (len(self.rows), *target.shape[1:])
+        target[self._at] = values.reshape(shape)
 
     def columns(self, shape: tuple[int, ...], flipped: bool) -> np.ndarray | None:
         """Which input each column of the GGUF tensor multiplies; None where its rows do not run along the inputs.
@@ -114,8 +127,12 @@ class Slot:
         first = np.array(rows.reshape(-1, rows.shape[-1])[0])
         return first if len(first) == shape[axis] and len(np.unique(first)) == len(first) else None
 
-    def _merged(self, values: Any) -> Any:
-        return values.reshape(-1, *values.shape[self.merge :]) if self.merge else values
+    @property
+    def _at(self) -> Any:
+        """The index of what is taken of the view."""
+        if self.cols is not None:
+            return slice(None), self.cols
+        return ... if self.rows is None else self.rows
 
 
 def neighbours(heads: int) -> dict[str, Any]:

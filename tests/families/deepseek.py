@@ -21,11 +21,17 @@ _YARN = {"factor": 16.0, "original_max_position_embeddings": 32, "mscale": 1.0, 
 _V3 = _LATENT | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
 MODELS = {
     "deepseek3": ("deepseek_v3", {**rope(), **_V3}),
+    "deepseek3-yarn": ("deepseek_v3", {**rope("yarn", **_YARN), **_V3}),
+    "deepseek2": ("deepseek_v2", {**rope(), **_LATENT}),
     "deepseek2-lite": ("deepseek_v2", {**rope("yarn", **_YARN), **_LATENT, "q_lora_rank": None}),
+}
+FLIPS = {
+    "deepseek3-yarn": {"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1},
+    "deepseek2": {"num_experts_per_tok": 8},
 }
 
 
-PREPARE = {"deepseek3": experts_biased}
+PREPARE = {"deepseek3": experts_biased, "deepseek3-yarn": experts_biased}
 
 
 def _heads_turned(name: str, array: np.ndarray) -> np.ndarray:
@@ -58,6 +64,8 @@ WRONG = [
     Wrong("deepseek3", "not normed", metadata={"expert_weights_norm": False}),
     Wrong("deepseek3", "experts in another order", experts_turned),
     Wrong("deepseek3", "no shared experts", without("ffn_down_shexp.weight")),
+    Wrong("deepseek3-yarn", "no rope scaling", metadata={"rope.scaling.type": "none"}),
+    Wrong("deepseek3-yarn", "no multiplier", metadata={"rope.scaling.yarn_log_multiplier": None}),
     Wrong("deepseek2-lite", "sigmoid", metadata={"expert_gating_func": 2}),
     Wrong("deepseek2-lite", "normed", metadata={"expert_weights_norm": True}),
     Wrong("deepseek2-lite", "no multiplier", metadata={"rope.scaling.yarn_log_multiplier": None}),
