@@ -17,6 +17,7 @@ from dynq.recipe import Recipe
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
 
+_CACHED = re.compile(r"models--((?:(?!--)[\w.-])+)--((?:(?!--)[\w.-])+)")  # the folder of a model in the hub's cache
 _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
@@ -50,8 +51,8 @@ def front_matter(checkpoint: "Checkpoint") -> dict[str, Any]:
 def _hub_id(checkpoint: "Checkpoint") -> str | None:
     """owner/name, from the folder that the hub's client keeps a model in, or as a GGUF tells of its source."""
     for part in checkpoint.path.parts:
-        if part.startswith("models--") and part.count("--") == 2:
-            return part.removeprefix("models--").replace("--", "/")
+        if match := _CACHED.fullmatch(part):
+            return f"{match[1]}/{match[2]}"
     for key in ("general.source.repo_url", "general.repo_url"):
         if match := _HUB_URL.fullmatch(str(checkpoint.metadata.get(key))):
             return match[1]
@@ -92,6 +93,11 @@ def recipe_table(recipe: Recipe, checkpoint: "Checkpoint") -> dict[str, Any]:
         ],
         "rest": ", ".join(sorted(set(recipe.formats.values()) - set(matrices.values()))),
     }
+
+
+def plain(text: str) -> str:
+    """A text for Markdown that says what it says: no markup of either kind, no new line, no end of a table cell."""
+    return re.sub(r"[^\w\s.,:;()+/=~@%-]", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
 
 
 def _layers(numbers: list[int | None]) -> str:

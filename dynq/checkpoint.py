@@ -8,22 +8,26 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import yaml
 
 from dynq import architectures, formats, safetensors_reader, shards, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
-from dynq.files import load_json, sha256
+from dynq.files import load_json, read_bytes, sha256, taking_apart
 from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
 EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
+# a model card's bytes; characters, and brackets within brackets, of the YAML at its top
+_LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 15, 50
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
@@ -135,7 +139,8 @@ class Checkpoint:
         """One tensor, float32, C-contiguous, in GGUF's layout. DynqError if it holds NaN or infinity."""
         if name not in self.tensors:
             raise DynqError(f"{self.path}: there is no tensor {name}")
-        return np.ascontiguousarray(self._read(name), dtype=np.float32)
+        with taking_apart(f"{self.path}: tensor {name}"):
+            return np.ascontiguousarray(self._read(name), dtype=np.float32)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -165,10 +170,11 @@ def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkp
     if str(model) == EMBEDDED:
         return _open_directory(Path(__file__).parent / "data" / EMBEDDED, EMBEDDED)
     path = Path(model).expanduser()
-    if path.is_file():
-        return _open_gguf(path, allow_requantize)
-    if path.is_dir():
-        return _open_directory(path, path.resolve().name)
+    with taking_apart(path):
+        if path.is_file():
+            return _open_gguf(path, allow_requantize)
+        if path.is_dir():
+            return _open_directory(path, path.resolve().name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model)):
         return _open_directory(_from_hub(str(model)), str(model).partition("/")[2])
     raise DynqError(f"{model}: no such file or directory, and not a hub id (owner/name)")
@@ -189,7 +195,8 @@ def _from_hub(model: str) -> Path:
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
+    with taking_apart(path / "config.json"):
+        architecture = architectures.for_config(load_json(path / "config.json", "not a Hugging Face model directory"))
     shards = safetensors_reader.files(path)
     stored = safetensors_reader.Directory(architecture, path, shards)
     if missing := [architecture.slot_of(n) for n in architecture.required() if n not in stored.shapes]:
@@ -227,6 +234,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
     """The `general.*` keys: name, size and licence from the model card and the directory's name, by gguf's rules."""
+    _check_card(path / "README.md")
+    if (sampling := path / "generation_config.json").exists():
+        load_json(sampling, "")  # gguf reads it again, without a look at what it is
     card = gguf.Metadata.load(None, path, None, n_weights)
     card.name = card.name or path.name
     card.size_label = card.size_label or gguf.size_label(n_weights, n_weights, 0, 0)
@@ -234,6 +244,31 @@ def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str
     writer.add_type(gguf.GGUFType.MODEL)
     card.set_gguf_meta_model(writer)
     return {key: value.value for key, value in writer.kv_data[0].items()}
+
+
+def _check_card(path: Path) -> None:
+    """DynqError where gguf would not get through the YAML at the top of a model card, or not soon."""
+    if not path.exists():
+        return
+    text = read_bytes(path, _LARGEST_CARD).decode("utf-8")
+    lines = text.splitlines()
+    if lines[:1] != ["---"]:
+        return
+    front = "\n".join(lines[1 : lines.index("---", 1) if "---" in lines[1:] else None]).replace("\t", "  ")
+    nested = accumulate((mark in "[{") - (mark in "]}") for mark in front)
+    problem = ""
+    if len(front) > _LONGEST_FRONT or max(nested, default=0) > _DEEPEST:  # PyYAML takes the square of the depth
+        problem = f"is {len(front):,} characters long, or nested deeper than {_DEEPEST} brackets"
+    else:
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, yaml.SafeLoader)):
+                problem = "has aliases, by which a few lines become millions"
+            else:
+                yaml.safe_load(front)
+        except (yaml.YAMLError, RecursionError):
+            problem = "is no readable YAML"
+    if problem:
+        raise DynqError(f"{path}: the YAML at its top {problem}; shorten or delete the file")
 
 
 # --- GGUF files -----------------------------------------------------------------------------------------------------
@@ -255,8 +290,9 @@ def _without_further_tokens(fields: dict[str, Any]) -> tuple[dict[str, Any], flo
 
 
 def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
+    safetensors_reader.check_no_pickle(path)
     files = shards.of(path)
-    readers = [_reader(file) for file in files]
+    readers = [Reader(file) for file in files]
     whole, packed = {k: field.contents() for k, field in readers[0].fields.items()}, readers[0].packed()
     _check_shards(files, readers)
     every = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
@@ -324,21 +360,6 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         {key: packed[key] for key in metadata if key in packed and fields[key] is whole[key]},
         notes,
     )
-
-
-def _reader(path: Path) -> Reader:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise DynqError(f"{path}: not a GGUF file; give a GGUF, or the directory of a Hugging Face model")
-    try:
-        reader = Reader(path)
-        for field in reader.fields.values():
-            field.contents()
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        # NumPy's word for data that end early
-        reason = "tensors reach past its end" if "reshape" in str(error) else error
-        raise DynqError(f"{path}: truncated or not a readable GGUF ({reason}); fetch it again") from error
-    return reader
 
 
 def _check_shards(files: list[Path], readers: list[Reader]) -> None:

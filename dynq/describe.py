@@ -12,7 +12,8 @@ from typing import Any
 
 from dynq.checkpoint import TensorInfo
 from dynq.errors import DynqError
-from dynq.recipe import Recipe, file_order, read_headers, stored_bytes
+from dynq.gguf_header import stored_bytes
+from dynq.recipe import Recipe, file_order, read_headers
 from dynq.tables import text_table
 
 

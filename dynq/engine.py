@@ -55,6 +55,8 @@ class Engine:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.verbosity = -1  # errors only
         params.warmup = params.fit_params = False
+        # not used here; the file's own is a stranger's program, which llama.cpp runs to see what it is like
+        params.chat_template = "chatml"
         if exact:
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

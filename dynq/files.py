@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 from dynq.errors import DynqError
 
 _STEP = 1 << 24  # bytes read at once
+# JSON of strangers. The largest of a model is a vocabulary (Gemma 4: 33 MB, 2.2 million commas, colons and brackets);
+# Python makes up to a hundred bytes of each.
+_MOST_BYTES, _MOST_MARKS = 1 << 26, 3_000_000
 
 
 def sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
@@ -60,14 +64,67 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def parse_json(data: bytes, where: str | Path, unique: bool = False) -> Any:
+    """The value of a JSON text that a stranger wrote. unique: an object may not have a name twice.
+
+    DynqError, beginning with `where`: no JSON, nested deeper than Python goes, or more than any model needs.
+    """
+    marks = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if len(data) > _MOST_BYTES or marks > _MOST_MARKS:
+        raise DynqError(f"{where}: {len(data):,} bytes of JSON with {marks:,} parts, more than any model has")
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+    except RecursionError:
+        raise DynqError(f"{where}: JSON nested too deep; fetch it again") from None
+    except ValueError as error:
+        raise DynqError(f"{where}: not readable as JSON ({error}); fetch it again or make it anew") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
 def load_json(path: Path, meaning: str) -> dict[str, Any]:
     """The object in a JSON file. DynqError if it is missing (meaning: what the folder then is) or is something else."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DynqError(f"{path.parent}: {meaning}, {path.name} is missing") from None
-    except (ValueError, OSError) as error:
-        raise DynqError(f"{path}: not readable as JSON ({error})") from None
+    if not path.exists():
+        raise DynqError(f"{path.parent}: {meaning}, {path.name} is missing")
+    loaded = parse_json(read_bytes(path, _MOST_BYTES), path)
     if not isinstance(loaded, dict):
         raise DynqError(f"{path}: not a JSON object")
     return loaded
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's bytes. DynqError if it is longer than `most`, no file (a pipe would never end), or not readable."""
+    if not path.is_file():
+        raise DynqError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise DynqError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > most:
+        raise DynqError(f"{path}: longer than {most:,} bytes, more than any model has")
+    return data
+
+
+@contextmanager
+def taking_apart(where: str | Path) -> Iterator[None]:
+    """DynqError for what goes wrong while contents of a file are taken apart that are not what they should be."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DynqError(f"{where}: damaged, or of a kind that is not read ({reason}); fetch it again") from error

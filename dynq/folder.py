@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import dynq
 from dynq.errors import DynqError
-from dynq.files import replacing, sha256
+from dynq.files import load_json, replacing, sha256, taking_apart
 from dynq.progress import progress
 
 if TYPE_CHECKING:
@@ -75,12 +75,16 @@ class RunFolder:
     @property
     def state(self) -> dict[str, Any]:
         """The contents of ``run.json``; without steps where there is none yet."""
-        try:
-            state: dict[str, Any] = json.loads((self / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        path = self / "run.json"
+        if not path.exists():
             return {"steps": {}}
-        except (ValueError, OSError) as error:
-            raise DynqError(f"{self / 'run.json'}: not readable ({error}); delete it, the run starts anew") from None
+        try:
+            state = load_json(path, "")
+        except DynqError as error:
+            raise DynqError(f"{path}: not readable ({error}); delete it, the run starts anew") from None
+        steps = state.get("steps")
+        if not isinstance(steps, dict) or not all(map(_is_step, steps.values())) or not _can_be_written(state):
+            raise DynqError(f"{path}: not the record of a run; delete it, the run starts anew")
         return state
 
     def write_json(self, name: str, value: Any) -> None:
@@ -95,6 +99,10 @@ class RunFolder:
             return json.loads((self / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DynqError(f"{self / name}: not there yet; run the notebooks before this one first") from None
+        except (ValueError, RecursionError) as error:
+            raise DynqError(
+                f"{self / name}: not readable as JSON ({error}); make the step that wrote it anew"
+            ) from None
 
     def checkpoint(self) -> "Checkpoint":
         """The model that the folder was calibrated with. DynqError where there is none, or where it has changed."""
@@ -103,8 +111,11 @@ class RunFolder:
         made = self.state["steps"].get("calibrate")
         if not made or made["state"] != "done":
             raise DynqError(f"{self.path}: nothing is calibrated here; run notebook 03_calibrate in it first")
-        checkpoint = open_checkpoint(made["parameters"]["model"], made["parameters"]["allow_requantize"])
-        if checkpoint.fingerprint != made["inputs"]["model"]:
+        with taking_apart(self / "run.json"):
+            model, requantize = str(made["parameters"]["model"]), bool(made["parameters"]["allow_requantize"])
+            fingerprint = made["inputs"]["model"]
+        checkpoint = open_checkpoint(model, requantize)
+        if checkpoint.fingerprint != fingerprint:
             raise DynqError(f"{checkpoint.path}: has changed since {self.path} was calibrated; calibrate again")
         return checkpoint
 
@@ -269,6 +280,29 @@ def sign(file: TextIO, pid: int) -> None:
     file.truncate(0)
     file.write(str(pid))
     file.flush()
+
+
+def _is_step(value: Any) -> bool:
+    kinds = {"state": str, "parameters": dict, "inputs": dict, "outputs": dict}
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(map(_is_inside, value["outputs"]))  # what a step no longer writes is removed
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the folder, or in one below it."""
+    parts = name.split("/")
+    plain = all(part not in ("", ".", "..") and len(part.encode(errors="replace")) < 256 for part in parts)
+    return plain and name.isprintable() and not set(name) & set("\\:")
+
+
+def _can_be_written(state: dict[str, Any]) -> bool:
+    """Without infinite numbers and halves of characters, which JSON can hold."""
+    try:
+        json.dumps(state, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        return False
+    return True
 
 
 def _holds_something(path: Path) -> bool:

@@ -1,24 +1,37 @@
-"""gguf's reader, made fast on vocabularies.
+"""gguf's reader, made fast on vocabularies and safe from strangers' files.
 
 `gguf.GGUFReader` makes several NumPy arrays for every element of an array: 13 s and 0.5 GB for the header of a file
 with 150,000 tokens and as many merges. Here an array of numbers is one view, and a string is one slice.
+It believes what a file says of itself, so `dynq.gguf_header` looks at that first.
 """
 
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+from dynq import gguf_header
+from dynq.files import taking_apart
+
 
 class Reader(gguf.GGUFReader):
-    """As gguf.GGUFReader: `fields` (key -> field with `contents()`) and `tensors` (views of the mapped file)."""
+    """As gguf.GGUFReader: `fields` (key -> field with `contents()`) and `tensors` (views of the mapped file).
+
+    DynqError for a file that is damaged anywhere but in the tensors' data.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        gguf_header.check(Path(path))
+        with taking_apart(path):
+            super().__init__(path)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
         if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         item, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
         kind, n, at = gguf.GGUFValueType(int(item[0])), int(count[0]), orig_offs + 12
-        if n == 0 or (kind != gguf.GGUFValueType.STRING and kind not in self.gguf_scalar_to_np):
+        if n == 0:
             return super()._get_field_parts(orig_offs, raw_type)
         parts: list[Any] = [item, count]
         if kind == gguf.GGUFValueType.STRING:

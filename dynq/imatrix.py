@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from gguf.constants import Keys
 from numpy.typing import NDArray
 
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import replacing, taking_apart
+from dynq.gguf_reader import Reader
 
 if TYPE_CHECKING:
     from dynq.checkpoint import TensorInfo
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_LONGEST_NAME = 4096  # bytes, of a tensor or a text in a legacy file
 # The weight, in tokens, of the other experts' mean in an expert's own: enough to steady one that a handful of tokens
 # reached, less than 2 % of one that a thousand reached.
 _PRIOR_TOKENS = 16.0
@@ -157,15 +159,15 @@ def read_imatrix(path: str | Path) -> Importance:
     Raises DynqError naming the file if it is missing, truncated, no importance matrix, or holds impossible values.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DynqError(f"{path}: the importance matrix cannot be read: not a file")
     try:
         with path.open("rb") as file:
             is_gguf = file.read(4) == b"GGUF"
     except OSError as error:
         raise DynqError(f"{path}: the importance matrix cannot be read: {error.strerror}") from error
-    try:
+    with taking_apart(path):
         return _read_gguf(path) if is_gguf else _read_legacy(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise DynqError(f"{path}: no importance matrix, or a truncated one ({error}); make it anew") from error
 
 
 def _checked(
@@ -185,7 +187,7 @@ def _checked(
 
 
 def _read_gguf(path: Path) -> Importance:
-    reader = GGUFReader(path)
+    reader = Reader(path)
 
     def value(key: str) -> Any:
         entry = reader.get_field(key)
@@ -207,7 +209,7 @@ def _read_gguf(path: Path) -> Importance:
     result = Importance(
         sums={},
         counts={},
-        datasets=list(value(Keys.IMatrix.DATASETS) or []),
+        datasets=[str(text) for text in value(Keys.IMatrix.DATASETS) or []],
         chunk_count=int(value(Keys.IMatrix.CHUNK_COUNT) or 0),
         chunk_size=int(value(Keys.IMatrix.CHUNK_SIZE) or 0),
     )
@@ -223,36 +225,44 @@ def _read_gguf(path: Path) -> Importance:
 
 def _read_legacy(path: Path) -> Importance:
     """int32 n_entries; per entry: int32 length, name, int32 calls, int32 n, float32 [n]; int32 chunks, text name."""
-    data = memoryview(path.read_bytes())
-    at = 0
+    size, at = path.stat().st_size, 0
+    data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
 
-    def take(size: int) -> memoryview:
+    def take(length: int) -> NDArray[np.uint8]:
         nonlocal at
-        if size < 0 or at + size > len(data):
-            raise ValueError(f"{size} bytes expected at byte {at} of {len(data)}")
-        at += size
-        return data[at - size : at]
+        if length < 0 or at + length > size:
+            raise DynqError(
+                f"{path}: no importance matrix, or a truncated one ({length} bytes expected at byte {at} of {size}); "
+                "make it anew"
+            )
+        at += length
+        return data[at - length : at]
 
     def integer() -> int:
-        return int.from_bytes(take(4), "little", signed=True)
+        return int.from_bytes(take(4).tobytes(), "little", signed=True)
 
+    def text() -> str:
+        length = integer()
+        if length > _LONGEST_NAME:
+            raise DynqError(f"{path}: no importance matrix (a name of {length:,} bytes at byte {at}); make it anew")
+        return take(length).tobytes().decode()
+
+    entries: dict[str, tuple[int, NDArray[np.float32]]] = {}
+    for _ in range(integer()):
+        name, calls, n = text(), integer(), integer()
+        if n < 1 or calls < 0 or not name or name in entries:
+            raise DynqError(
+                f"{path}: no importance matrix (entry {len(entries)}, {name!r}, has {n} values and {calls} calls); "
+                "make it anew"
+            )
+        entries[name] = calls or 1, take(4 * n).view("<f4")  # without calls the values are means already
+    if not entries:
+        raise DynqError(f"{path}: no importance matrix (it has no entries); make it anew")
     result = Importance(sums={}, counts={})
-    n_entries = integer()
-    if n_entries < 1:
-        raise ValueError(f"{n_entries} entries")
-    for _ in range(n_entries):
-        name = bytes(take(integer())).decode()
-        calls = integer()
-        n = integer()
-        if n < 1 or calls < 0 or not name:
-            raise ValueError(f"entry {name!r} with {n} values and {calls} calls")
-        sums = np.frombuffer(take(4 * n), dtype="<f4")
-        if calls == 0:  # the values are means already
-            calls = 1
-        result.sums[name], result.counts[name] = _checked(name, sums[None], np.array([calls]), path)
-    if at < len(data):  # files of the first versions end here
+    if at < size:  # files of the first versions end here
         result.chunk_count = integer()
-    if at < len(data):
-        dataset = bytes(take(integer())).decode()
-        result.datasets = [dataset] if dataset else []
+    if at < size:
+        result.datasets = [found] if (found := text()) else []
+    for name, (calls, sums) in entries.items():  # only now is anything copied
+        result.sums[name], result.counts[name] = _checked(name, sums[None].copy(), np.array([calls]), path)
     return result

@@ -6,18 +6,17 @@ llama-quantize takes with ``--tensor-type-file``, and as the tensor types in the
 
 import json
 import math
-import os
 import re
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from dynq import shards
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import parse_json, read_bytes, replacing
+from dynq.gguf_header import Header, read_header, stored_bytes
 
 VERSION = 1
 KEY = "dynq.recipe"
@@ -64,10 +63,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str, where: str = "recipe") -> "Recipe":
         """Read what `to_json` wrote. DynqError, beginning with `where`, for anything else."""
-        try:
-            outer = json.loads(text)
-        except ValueError as error:
-            raise DynqError(f"{where}: not JSON ({error}); write it again with `dynq run`") from None
+        outer = parse_json(text.encode("utf-8", "surrogatepass"), where)
         if not isinstance(outer, dict) or not isinstance(outer.get(KEY), dict):
             raise DynqError(f'{where}: no object "{KEY}"; this is not a recipe of dynq')
         body: dict[str, Any] = outer[KEY]
@@ -90,6 +86,8 @@ class Recipe:
                 f'{where}: the recipe holds "{unknown[0]}", which this dynq does not understand; update dynq'
             )
         for name, fmt in body["formats"].items():
+            if not name.isprintable():  # a line of its own in the text for llama-quantize
+                raise DynqError(f"{where}: {name!r} is no name of a tensor")
             if not isinstance(fmt, str) or fmt not in _TYPES:
                 raise DynqError(f"{where}: {name} has the format {fmt!r}, which GGUF does not know")
         kld = body["predicted_kld"]
@@ -110,10 +108,10 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
         """Read a recipe file. DynqError if it is missing or not understood."""
+        if not Path(path).exists():
+            raise DynqError(f"{path}: no such recipe file")
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise DynqError(f"{path}: no such recipe file") from None
+            text = read_bytes(Path(path), _MOST_BYTES).decode("utf-8")
         except UnicodeDecodeError:
             raise DynqError(f"{path}: not a recipe (not a text file); a GGUF's recipe is read with from_gguf") from None
         return cls.from_json(text, str(path))
@@ -160,6 +158,7 @@ class Recipe:
         return cls(formats, f"as {path.name}", tensor_bytes, 8 * tensor_bytes / weights, None, provenance)
 
 
+_MOST_BYTES = 1 << 26
 _TYPES = {kind.name for kind in GGMLQuantizationType}
 _FIELDS: dict[str, tuple[type, ...]] = {
     "target": (str,),
@@ -187,21 +186,6 @@ def _words(kind: tuple[type, ...]) -> str:
     return " or ".join(names[k] for k in kind)
 
 
-# --- the header of a GGUF (ggml/docs/gguf.md): magic, version, counts, key/values, tensor infos -----------------------
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
-
-Header = tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]
-
-
-def stored_bytes(fmt: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in any of GGUF's types, those that dynq does not write too."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[fmt]]
-    return math.prod(shape) // block * size
-
-
 def read_headers(path: str | Path) -> Header:
     """`read_header` of a file, or of all shards of a split one together (the first shard's keys count)."""
     metadata: dict[str, Any] = {}
@@ -210,87 +194,4 @@ def read_headers(path: str | Path) -> Header:
         found, own = read_header(shard)
         metadata = {**found, **metadata}
         tensors |= own
-    return metadata, tensors
-
-
-def read_header(path: str | Path) -> Header:
-    """Metadata and tensors {name: (format, shape in NumPy order)} of one GGUF file, without touching tensor data.
-
-    Arrays (vocabularies) are skipped, which keeps this at milliseconds whatever the size of the file. DynqError for
-    anything that is not a whole GGUF header of version 2 or 3.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _header(file, path)
-    except FileNotFoundError:
-        raise DynqError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DynqError(f"{path}: a folder, not a GGUF file") from None
-    except (struct.error, EOFError, UnicodeDecodeError, OverflowError):
-        raise DynqError(f"{path}: the GGUF header is cut off or damaged; download the file again") from None
-
-
-def _header(file: BinaryIO, path: Path) -> Header:
-    size = path.stat().st_size
-
-    def take(code: str) -> Any:
-        width = struct.calcsize("<" + code)
-        return struct.unpack("<" + code, file.read(width))[0]
-
-    def skip(length: int) -> None:
-        if file.tell() + length > size:
-            raise EOFError
-        file.seek(length, os.SEEK_CUR)
-
-    def text() -> str:
-        length = take("Q")
-        data = file.read(length) if length <= size else b""
-        if len(data) != length:
-            raise EOFError
-        return data.decode("utf-8")
-
-    def value(kind: int) -> Any:
-        if kind == _STRING:
-            return text()
-        if kind != _ARRAY:
-            if kind not in _SCALARS:
-                raise EOFError
-            return take(_SCALARS[kind])
-        of, count = take("I"), take("Q")
-        if of in _SCALARS:
-            skip(count * struct.calcsize(_SCALARS[of]))
-        else:
-            for _ in range(count):
-                if of == _STRING:
-                    skip(take("Q"))
-                else:
-                    value(of)
-        return None
-
-    if file.read(4) != b"GGUF":
-        raise DynqError(f"{path}: not a GGUF file (it does not begin with GGUF)")
-    version = take("I")
-    if version not in (2, 3):
-        raise DynqError(f"{path}: GGUF version {version}; versions 2 and 3 (little endian) are understood")
-    n_tensors, n_keys = take("Q"), take("Q")
-    metadata: dict[str, Any] = {}
-    for _ in range(n_keys):
-        key = text()
-        kind = take("I")
-        found = value(kind)
-        if kind != _ARRAY:
-            metadata[key] = found
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for _ in range(n_tensors):
-        name = text()
-        shape = tuple(take("Q") for _ in range(take("I")))[::-1]
-        kind = take("I")
-        take("Q")  # where its data begins
-        try:
-            tensors[name] = GGMLQuantizationType(kind).name, shape
-        except ValueError:
-            raise DynqError(
-                f"{path}: {name} has type {kind}, newer than the installed gguf package; update gguf"
-            ) from None
     return metadata, tensors

@@ -147,6 +147,7 @@ def _embedded(picture: figures.Picture, name: str) -> dict[str, Any]:
 
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=name.endswith(".html.j2"), undefined=jinja2.StrictUndefined)
+    environment.filters |= {"plain": card.plain, "file_safe": file_safe}
     return environment.from_string(_data(name))
 
 

@@ -6,11 +6,11 @@ Besides plain numbers two packings are read, in which large models are published
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 from dynq.architectures import Architecture
 from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
-from dynq.files import load_json
+from dynq.files import load_json, parse_json, taking_apart
 
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
+_LONGEST_HEADER = 1 << 25  # bytes; a hundred thousand tensors take 15 MB
 _PIECE = 1 << 22  # values that are read at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TILE = (128, 128)  # of float8 weights, where config.json does not say
@@ -57,9 +58,12 @@ class _Stored:
     def where(self) -> str:
         return f"{self.path}: tensor {self.name}"
 
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * np.dtype(_TYPES[self.dtype]).itemsize
+
     def raw(self) -> np.ndarray:
-        n = int(np.prod(self.shape, dtype=np.int64))
-        return np.fromfile(self.path, _TYPES[self.dtype], n, offset=self.offset).reshape(self.shape)
+        return np.fromfile(self.path, _TYPES[self.dtype], prod(self.shape), offset=self.offset).reshape(self.shape)
 
     def load(self) -> np.ndarray:
         if self.dtype == "BF16":
@@ -180,21 +184,33 @@ def files(path: Path) -> list[Path]:
                 f"{path}: a LoRA adapter, not a model; merge it into its base model first (peft: merge_and_unload, "
                 "save_pretrained) and give that directory"
             )
-        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-            raise DynqError(
-                f"{path}: weights in PyTorch's pickle format are never loaded; convert them to safetensors "
-                "(transformers: save_pretrained)"
-            )
+        for found in sorted(path.iterdir()):
+            check_no_pickle(found)
         raise DynqError(f"{path}: no model.safetensors and no {index.name}; only safetensors weights are read")
-    shards = [path / name for name in sorted(set(load_json(index, "no index").get("weight_map", {}).values()))]
-    for shard in shards:
-        if not shard.exists():
-            raise DynqError(f"{shard}: this shard is missing, though {index.name} names it; fetch it again")
-    return shards
+    with taking_apart(index):
+        names = sorted(set(load_json(index, "no index").get("weight_map", {}).values()))
+        for name in names:
+            # a plain name has no slash, no backslash, no drive and no dots alone
+            plain = name == PureWindowsPath(name).name and name.isprintable() and len(name.encode()) < 256
+            if not plain or not name.endswith(".safetensors"):
+                raise DynqError(f"{index}: {name!r} is no name of a safetensors file beside it; fetch it again")
+    for name in names:
+        if not (path / name).is_file():
+            raise DynqError(f"{path / name}: this shard is missing, though {index.name} names it; fetch it again")
+    return [path / name for name in names]
+
+
+def check_no_pickle(path: Path) -> None:
+    """DynqError for weights in PyTorch's format: to open them runs the code that they hold."""
+    if path.suffix.lower() in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise DynqError(
+            f"{path}: weights in PyTorch's pickle format are never loaded, they can hold code; convert them to "
+            "safetensors (transformers: save_pretrained) or to GGUF"
+        )
 
 
 def _header(path: Path) -> list[_Stored]:
-    """The tensors of one safetensors file. DynqError if the file ends before its data does.
+    """The tensors of one safetensors file. DynqError where the file contradicts itself, or ends before its data does.
 
     Layout: the header's length as a little-endian uint64, the header as JSON, the data.
     """
@@ -203,29 +219,34 @@ def _header(path: Path) -> list[_Stored]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise DynqError(f"{path}: truncated or not a safetensors file ({size:,} bytes); fetch it again")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise DynqError(f"{path}: not a safetensors file (its header is not JSON); fetch it again") from None
-    header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < end:
-        raise DynqError(f"{path}: truncated, {size:,} bytes of {end:,}; fetch it again")
-    for name, entry in header.items():
-        if entry["dtype"] not in _TYPES:
-            known = ", ".join(_TYPES)
-            raise DynqError(f"{path}: tensor {name} has type {entry['dtype']}, which is not read; known are {known}")
-        begin, finish = entry["data_offsets"]
-        wanted = int(np.prod(entry["shape"], dtype=np.int64)) * np.dtype(_TYPES[entry["dtype"]]).itemsize
-        if finish - begin != wanted:
-            raise DynqError(
-                f"{path}: tensor {name} has {finish - begin:,} bytes, its shape wants {wanted:,}; fetch it again"
-            )
-    return [
-        _Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
-        for name, entry in header.items()
-    ]
+        if length > _LONGEST_HEADER:
+            raise DynqError(f"{path}: a header of {length:,} bytes, more than any model has; fetch it again")
+        header = parse_json(file.read(length), path, unique=True)
+    with taking_apart(path):
+        header.pop("__metadata__", None)
+        found = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
+    free, before = 0, ""
+    for item in sorted(found, key=lambda item: item.offset):
+        if item.offset < free:
+            raise DynqError(f"{path}: the tensors {before} and {item.name} overlap; fetch it again")
+        free, before = item.offset + item.n_bytes, item.name
+    if size < free:
+        raise DynqError(f"{path}: truncated, {size:,} bytes of {free:,}; fetch it again")
+    return found
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> _Stored:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in _TYPES:
+        raise DynqError(f"{path}: tensor {name} has type {dtype}, which is not read; known are {', '.join(_TYPES)}")
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise DynqError(f"{path}: tensor {name} has the shape {shape} at {[begin, end]}; fetch it again")
+    stored = _Stored(path, name, dtype, tuple(shape), start + begin)
+    if stored.n_bytes != end - begin:
+        raise DynqError(
+            f"{path}: tensor {name} has {end - begin:,} bytes, its shape wants {stored.n_bytes:,}; fetch it again"
+        )
+    return stored
 
 
 def _unpacked(found: dict[str, _Stored], quantization: dict[str, Any] | None, path: Path) -> dict[str, _Readable]:
@@ -267,10 +288,14 @@ class Directory:
         for shard in shards:
             for item in _header(shard):
                 name = architecture.transformers_name(item.name)
-                if name is not None:
-                    found[name] = item
-                else:
+                if name is None:
                     self.towers += bool(_TOWER.search(item.name))
+                    continue
+                if name in found:
+                    raise DynqError(f"{item.where} is there twice, also as {found[name].where}; fetch the model again")
+                if 0 in item.shape:
+                    raise DynqError(f"{item.where} is empty; fetch the model again")
+                found[name] = item
         self._found = _unpacked(found, architecture.config.get("quantization_config"), path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

@@ -8,12 +8,14 @@ ranks.
 from __future__ import annotations
 
 import base64
-import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from dynq.errors import DynqError
+from dynq.files import load_json
 
+_MOST_RESERVED, _LONGEST_TOKEN, _MOST_LETTERS = 1 << 16, 1 << 10, 4_000_000
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
 
 
@@ -23,16 +25,19 @@ def read(file: Path) -> dict[str, Any]:
     Raises:
         DynqError: a file of the first version, which does not list its special tokens.
     """
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = load_json(file, "no tokenizer")
     config = raw["config"]
     if "special_tokens" not in raw:
         raise DynqError(f"{file}: lists no special_tokens (an old version); add the model's tokenizer.json")
     special = {entry["rank"]: entry["token_str"] for entry in raw["special_tokens"]}
     reserved = config.get("default_num_special_tokens", len(special))
+    if not 0 <= reserved <= _MOST_RESERVED:
+        raise DynqError(f"{file}: {reserved} special tokens, at most {_MOST_RESERVED:,} are believed; fetch it again")
     for rank in range(reserved):
         special.setdefault(rank, f"<SPECIAL_{rank}>")
     kept = raw["vocab"][: config["default_vocab_size"] - reserved] if "default_vocab_size" in config else raw["vocab"]
     ranks = {base64.b64decode(entry["token_bytes"]): rank for rank, entry in enumerate(kept)}
+    check_lengths(ranks, file)
     letters = _letters()
 
     def text(token: bytes) -> str:
@@ -60,6 +65,13 @@ def read(file: Path) -> dict[str, Any]:
         },
         "added_tokens": [{"id": rank, "content": content, "special": True} for rank, content in special.items()],
     }
+
+
+def check_lengths(tokens: Collection[str | bytes], where: str | Path) -> None:
+    """DynqError for tokens so long that to look for all their splits would take minutes."""
+    longest, total = max(map(len, tokens), default=0), sum(map(len, tokens))
+    if longest > _LONGEST_TOKEN or total > _MOST_LETTERS:
+        raise DynqError(f"{where}: a token of {longest:,}, all tokens of {total:,} letters, more than any model has")
 
 
 def _letters() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dynq import chat_template
 from dynq.errors import DynqError
 from dynq.progress import progress
 
@@ -358,6 +359,8 @@ def _line_tokens(tokenizer: Any, line: str, where: str) -> list[int]:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise DynqError(f"{where}: no valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deep
+        raise DynqError(f"{where}: no valid JSON: {error}") from error
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return encode(tokenizer, entry["text"])
     turns = entry.get("messages", entry.get("conversations")) if isinstance(entry, dict) else None
@@ -388,23 +391,25 @@ def _plain(messages: Messages) -> str:
 
 def _templated(tokenizer: Any, messages: Messages, where: str, answer: bool = False) -> str:
     """The chat template's text; a system message goes into the first user's where the template knows no such role."""
-    from jinja2 import TemplateError
-
     merged = messages
     if len(messages) > 1 and messages[0]["role"] == "system":
         first = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         merged = [first, *messages[2:]]
+    template = tokenizer.get_chat_template()
     for attempt in (messages, merged):
         try:
-            return tokenizer.apply_chat_template(attempt, tokenize=False, add_generation_prompt=answer)
-        except TemplateError as error:
+            return chat_template.render(template, attempt, answer=answer, values=tokenizer.special_tokens_map)
+        except chat_template.TemplateError as error:
             failure = error
     raise DynqError(f"{where}: the model's chat template refuses it: {failure}") from failure
 
 
 def encode(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     """Token ids; with `special` a BOS in front where the tokenizer adds one, never an EOS at the end."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except (TypeError, UnicodeEncodeError) as error:  # JSON can hold halves of characters
+        raise DynqError(f"a text that is not Unicode ({error}); mend the file it is from") from error
     bos = _bos(tokenizer) if special else None
     return ids if bos is None else [bos, *ids]
 

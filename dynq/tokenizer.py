@@ -30,6 +30,7 @@ from gguf import TokenType
 
 from dynq import pretokenizers, tekken
 from dynq.errors import DynqError
+from dynq.files import load_json, read_bytes, taking_apart
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _GLM = {"eot": "<|user|>", "eom": "<|observation|>"}  # they end GLM's turns; llama.cpp does not know them by name
@@ -38,6 +39,7 @@ _GEMMA4_VISIBLE = {
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'
 }  # fmt: skip
 
+_LARGEST_TEMPLATE, _LARGEST_MODEL = 1 << 22, 1 << 26  # bytes of a chat template and of a tokenizer.model
 _PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}  # special tokens after which llama.cpp drops no white space in Phi-3
 
 
@@ -53,9 +55,14 @@ def from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
     Raises:
         DynqError: no tokenizer, one of another kind, or a pre-tokenizer that llama.cpp has no name for.
     """
+    with taking_apart(f"{path}: its tokenizer"):
+        return _from_directory(path, vocab_size)
+
+
+def _from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
     keys: dict[str, Any]
     fast, spm, mistral = (path / name for name in ("tokenizer.json", "tokenizer.model", "tekken.json"))
-    loaded = json.loads(fast.read_text(encoding="utf-8")) if fast.is_file() else None
+    loaded = _object(fast)
     if loaded is not None and pretokenizers.from_json(loaded.get("pre_tokenizer")) is not None:
         keys = _byte_level(fast, loaded, vocab_size)
     elif loaded is not None and _model_type(path).startswith("gemma4"):
@@ -68,6 +75,11 @@ def from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
         keys = _tekken(mistral, vocab_size)
     else:
         raise DynqError(f"{path}: no tokenizer.json, no tokenizer.model and no tekken.json")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        _object(path / name)  # gguf reads these again, without a look at what they are
+    for template in (path / "chat_template.jinja", *path.glob("additional_chat_templates/*.jinja")):
+        if template.exists():
+            read_bytes(template, _LARGEST_TEMPLATE)
     special = gguf.SpecialVocab(path, n_vocab=vocab_size)
     if loaded is not None and "bos" not in special.add_special_token:
         special.add_special_token["bos"] = False  # no template adds one; llama.cpp's default may differ
@@ -75,12 +87,20 @@ def from_directory(path: Path, vocab_size: int) -> dict[str, Any]:
         special.add_special_token["bos"] = True  # llama.cpp does so whatever the file says
     writer = gguf.GGUFWriter(None, "llama")
     special.add_to_gguf(writer, quiet=True)
-    return keys | {k: v.value for k, v in writer.kv_data[0].items() if k.startswith("tokenizer.")}
+    keys |= {k: v.value for k, v in writer.kv_data[0].items() if k.startswith("tokenizer.")}
+    for value in keys.values():
+        if isinstance(value, str | list):
+            "".join(map(str, value)).encode()  # JSON can hold halves of characters, GGUF cannot
+    return keys
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None where there is no file."""
+    return load_json(path, "") if path.exists() else None
 
 
 def _model_type(path: Path) -> str:
-    config = path / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("model_type", "") if config.is_file() else ""
+    return str((_object(path / "config.json") or {}).get("model_type", ""))
 
 
 def _byte_level(file: Path, loaded: dict[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -131,6 +151,11 @@ def _check(file: Path, loaded: dict[str, Any], normalizers: set[str]) -> None:
             raise DynqError(
                 f"{file}: llama.cpp does not do what the tokenizer's normalizer {part['type']} does to text"
             )
+    # a regex of one's own can take for ever on a text; those of a byte-level pre-tokenizer are compared with known ones
+    splits = None if "NFC" in normalizers else loaded.get("pre_tokenizer")
+    for name, value in (*((key, loaded.get(key)) for key in ("normalizer", "post_processor", "decoder")), ("", splits)):
+        if '"Regex"' in json.dumps(value):
+            raise DynqError(f"{file}: the {name or 'pre_tokenizer'} has a regular expression, which llama.cpp has not")
 
 
 def _merges(model: dict[str, Any]) -> list[str]:
@@ -182,7 +207,7 @@ def _sentencepiece_model(file: Path, loaded: dict[str, Any], vocab_size: int) ->
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_file=str(file))
+        model = SentencePieceProcessor(model_proto=read_bytes(file, _LARGEST_MODEL) or b"nothing")
     except (OSError, RuntimeError):
         raise DynqError(f"{file}: not a SentencePiece model; fetch it again") from None
     texts: list[str | None] = [None] * vocab_size
@@ -226,6 +251,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         while True:
             byte = message[at]
             at += 1
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
@@ -245,16 +272,18 @@ def _added_tokens(path: Path, loaded: dict[str, Any]) -> list[dict[str, Any]]:
     """Tokens added to a tokenizer.model by added_tokens.json, tokenizer_config.json and tokenizer.json."""
     added: dict[int, dict[str, Any]] = {}
     if (file := path / "added_tokens.json").is_file():
-        for text, token in json.loads(file.read_text(encoding="utf-8")).items():
+        for text, token in load_json(file, "").items():
             added[token] = {"id": token, "content": text}
     if (file := path / "tokenizer_config.json").is_file():
-        table = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        table = load_json(file, "").get("added_tokens_decoder", {})
         added |= {int(token): {"id": int(token), **entry} for token, entry in table.items()}
     added |= {entry["id"]: entry for entry in loaded.get("added_tokens", [])}
     return list(added.values())
 
 
 def _place(file: Path, texts: list[str | None], token: int, text: str) -> None:
+    if type(token) is not int or token < 0 or not isinstance(text, str):
+        raise DynqError(f"{file}: {text!r} with the id {token!r} is no token; fetch it again")
     if token >= len(texts):
         raise DynqError(f"{file}: token {token} ({text!r}) lies beyond the model's vocabulary of {len(texts):,}")
     texts[token] = text
@@ -352,8 +381,13 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
     """A transformers tokenizer (fast) rebuilt from GGUF's `tokenizer.*` keys.
 
     Raises:
-        DynqError: no tokenizer, or one of a model or pre-tokenizer that is not known here.
+        DynqError: no tokenizer, one of a model or pre-tokenizer that is not known here, or one that contradicts itself.
     """
+    with taking_apart("the GGUF's tokenizer"):
+        return _from_gguf(metadata)
+
+
+def _from_gguf(metadata: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -400,8 +434,12 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "post_processor": _template(vocab, ends), **parts,
     }  # fmt: skip
+    try:
+        built = Tokenizer.from_str(json.dumps(whole))
+    except Exception as error:  # the library raises nothing finer
+        raise DynqError(f"the GGUF's tokenizer does not fit together ({error}); fetch the file again") from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(whole)),
+        tokenizer_object=built,
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": text for role, text in special.items()},
@@ -432,6 +470,7 @@ def _used(tokens: list[str], types: list[int]) -> dict[str, int]:
 def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
     """Every split of a token into two tokens is a merge, tried in the order of the scores."""
     vocab = _used(tokens, types)
+    tekken.check_lengths(vocab, "the GGUF's tokenizer")
     merges = [
         (-scores[i], vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
         for text, i in vocab.items()

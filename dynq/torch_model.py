@@ -51,9 +51,10 @@ def load_model(
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     # sdpa has no soft cap; None is sdpa where the model can use it
     attention = "eager" if settings.get("attn_logit_softcapping") else None
+    _check_size(checkpoint, config)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention
+            config, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=False
         )
     model.set_experts_implementation("eager")  # a product for each expert, which `dynq.recorder` knows
     model.tie_weights()
@@ -79,6 +80,18 @@ def load_model(
     if missing:
         raise DynqError(f"{checkpoint.path}: no weights for {missing[0]} and {len(missing) - 1} more parameters")
     return model.eval()
+
+
+def _check_size(checkpoint: Checkpoint, config: Any) -> None:
+    """DynqError where the config describes another size than the checkpoint has, before memory is taken for it."""
+    with torch.device("meta"), no_init_weights():
+        described = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    n = sum(parameter.numel() for parameter in described.parameters())
+    if n > 2 * checkpoint.n_weights:  # a tied head counts twice
+        raise DynqError(
+            f"{checkpoint.path}: config.json describes a model of {n:,} weights, its tensors hold "
+            f"{checkpoint.n_weights:,}; fetch it again"
+        )
 
 
 def check_device(device: str) -> None:
@@ -127,6 +140,9 @@ def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The transformers tokenizer: the directory's tokenizer.json, or one rebuilt from the GGUF metadata."""
     if (checkpoint.path / "tokenizer.json").is_file():
-        # False and not None, which would ask on the terminal whether to run what a checkpoint brings along
-        return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        try:
+            # False and not None, which would ask on the terminal whether to run what a checkpoint brings along
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
+        except Exception as error:  # its own, the tokenizers library's and Python's errors
+            raise DynqError(f"{checkpoint.path}: transformers does not open its tokenizer: {error}") from error
     return tokenizer.from_gguf(checkpoint.metadata)

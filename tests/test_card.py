@@ -1,5 +1,7 @@
 """The model card of a run: what is known of the source, names that the hub finds, the recipe."""
 
+import html
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +62,15 @@ def test_a_tag_that_two_files_share_is_none():
     named = card.hub_names("m", evaluation(("3.5bpw", 120), ("3.6bpw", 130), ("like:Q4_K_M", 200)))
     assert [row["tag"] for row in named] == ["", "", "Q4_K_M"]
     assert len({row["name"] for row in named}) == 3
+
+
+def test_text_of_a_model_is_never_markup():
+    evil = "a_b*c* `x` [y](z) <img src=x onerror=alert(1)> | \n# h &lt; ü 0.6B"
+    shown = card.plain(evil)
+    assert not set("*`[]<>|\n#&") & set(re.sub(r"&#\d+;", "", shown))
+    assert html.unescape(shown) == " ".join(evil.split())
+    assert card.plain("Qwen3-0.6B (4 chats), seed 0: a.txt") == "Qwen3-0.6B (4 chats), seed 0: a.txt"
+    assert card.front_matter(source("/cache/models--a--b\nlicense: x/snapshots/1")) == {}
 
 
 def test_recipe_as_a_table():

@@ -242,7 +242,7 @@ def test_reader_agrees_with_gguf(llama: Path, tmp_path: Path) -> None:
     path = write_gguf(llama, tmp_path / "m.gguf", "F16")
     writer = gguf.GGUFWriter(tmp_path / "arrays.gguf", "llama")
     arrays: dict[str, list[Any]] = {
-        "s": ["", "é", "x" * 300], "i": [1, -2], "f": [0.5, 1e-9], "b": [True, False], "n": [["a"], ["b"]]
+        "s": ["", "é", "x" * 300], "i": [1, -2], "f": [0.5, 1e-9], "b": [True, False]
     }  # fmt: skip
     for key, value in arrays.items():
         writer.add_array(key, value)
@@ -344,7 +344,7 @@ def test_truncated_shard(keep: float, llama: Path) -> None:
 def test_shard_of_rubbish(llama: Path) -> None:
     shard = sorted(llama.glob("model-*.safetensors"))[1]
     shard.write_bytes(struct.pack("<Q", 8) + b"rubbish!" + bytes(100))
-    refuses(llama, f"{shard.name}: not a safetensors file")
+    refuses(llama, f"{shard.name}: not readable as JSON")
 
 
 def test_missing_tensor(llama: Path) -> None:
@@ -396,7 +396,7 @@ def test_truncated_gguf(keep: float, llama: Path, tmp_path: Path) -> None:
     path = write_gguf(llama, tmp_path / "m.gguf", "F16")
     content = path.read_bytes().rstrip(b"\0") if keep == -1 else path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    refuses(path, "truncated or not a readable GGUF")
+    refuses(path, r"m\.gguf: (truncated, tensor|the GGUF header is cut off)")
 
 
 def test_gguf_with_nan(llama: Path, tmp_path: Path) -> None:

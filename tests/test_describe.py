@@ -75,7 +75,11 @@ def test_what_cannot_be_compared_is_one_line(gguf_file, tmp_path):
     with pytest.raises(DynqError, match="no tensor in common"):
         describe.difference(describe.read(gguf_file), describe.read(tmp_path / "other.gguf"))
     (tmp_path / "text").write_text("hello")
-    for path, words in ((tmp_path, "a folder"), (tmp_path / "none", "no such file"), (tmp_path / "text", "not JSON")):
+    for path, words in (
+        (tmp_path, "a folder"),
+        (tmp_path / "none", "no such file"),
+        (tmp_path / "text", "not readable as JSON"),
+    ):
         with pytest.raises(DynqError, match=words):
             describe.read(path)
     done = dynq_command("recipe", "show", tmp_path / "none")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import dynq_command
+from markup import EVIL, Page, evil
 from test_describe import recipe_for
 from typer.testing import CliRunner
 
@@ -86,7 +87,7 @@ def bad_files(made: SimpleNamespace, tmp_path: Path) -> dict[Path, str]:
         text: "not a GGUF",
         vocabulary: "has 400 tokens in its vocabulary, the original 384",
         shape: "blk.0.ffn_gate.weight has shape [192, 128], in the original [160, 128]",
-        with_type(made.paths["Q8_0"], tmp_path / "q8_1.gguf", "blk.0.attn_q.weight", 9): "type Q8_1, for which",
+        with_type(made.paths["Q8_0"], tmp_path / "i8.gguf", "blk.0.attn_q.weight", 24): "type I8, for which",
         with_type(made.paths["Q8_0"], tmp_path / "new.gguf", "blk.0.attn_q.weight", 99): "type 99, newer",
     }
 
@@ -236,6 +237,13 @@ def test_what_else_is_asked_is_measured_once_and_shown(made, tmp_path, monkeypat
     picture = (folder / "layers.svg").read_text()
     assert "lazy dogs" in page and "its worst tokens" in page and picture in page and "token_embd" in picture
     assert str(made.folder) not in page
+    strange = evil(found, {"kind", "dtype", "rows"})
+    for holder in (strange["text"], *strange["files"]):  # names that are keys
+        holder["domains"] = {name + EVIL: value for name, value in holder["domains"].items()}
+    write_files_report(folder, strange)
+    for name in ("report.html", "frontier.svg", "layers.svg"):
+        shown_page = Page((folder / name).read_text())
+        assert "img" not in shown_page.tags and shown_page.handlers == [] and EVIL in shown_page.text
     write_files_report(folder, found | {"asked": {}, "files": [], "failed": []})
     assert not (folder / "layers.svg").exists()
 

@@ -13,7 +13,8 @@ import pytest
 from record_mixes import MODELS, dry_run
 
 from dynq.errors import DynqError
-from dynq.recipe import KEY, Recipe, read_header
+from dynq.gguf_header import read_header
+from dynq.recipe import KEY, Recipe
 
 FORMATS = {
     "blk.10.attn_q.weight": "Q4_K",
@@ -68,7 +69,7 @@ def test_file_there_and_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "not JSON"),
+        ("{", "not readable as JSON"),
         ("[]", "not a recipe"),
         ('{"formats": {}}', "not a recipe"),
         (damaged(lambda body: body.update(version=2)), "version 2"),
@@ -210,7 +211,7 @@ def test_a_header_cut_anywhere_is_refused(tmp_path):
         with pytest.raises(DynqError, match="cut off or damaged"):
             Recipe.from_gguf(cut)
     # a length or count that no file could have
-    for at in (8, 16, 24):
+    for at, says in ((8, "tensors, of which"), (16, "keys, of which"), (24, "cut off or damaged")):
         cut.write_bytes(whole[:at] + b"\xff" * 8 + whole[at + 8 :])
-        with pytest.raises(DynqError, match="cut off or damaged"):
+        with pytest.raises(DynqError, match=says):
             Recipe.from_gguf(cut)

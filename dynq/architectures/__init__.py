@@ -20,6 +20,21 @@ from dynq.errors import DynqError
 
 ROPE_FREQS = "rope_freqs.weight"
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_MOST = dict.fromkeys(_EXPERTS, 1 << 12) | {
+    "num_hidden_layers": 1 << 10,
+    "num_nextn_predict_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 22,
+    "moe_intermediate_size": 1 << 22,
+    "vocab_size": 1 << 21,
+    "max_position_embeddings": 1 << 31,
+}
+_MOST_MATRICES = 1 << 17  # layers times experts; Kimi K2 has 23,424
+
 FAMILIES: list[type[Architecture]] = []
 
 # The text model inside a multimodal checkpoint: its tensors under the names that it has alone.
@@ -153,10 +168,22 @@ def for_config(config: dict[str, Any]) -> Architecture:
     )
 
 
+def _check_sizes(config: dict[str, Any]) -> None:
+    """DynqError for numbers that no model has, before lists of as many things are made."""
+    for key, most in _MOST.items():
+        value = config.get(key)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise DynqError(f"config.json: {key} is {value}, at most {most:,} is believed; fetch the model again")
+    layers, experts = config.get("num_hidden_layers"), max((config.get(key) or 0 for key in _EXPERTS), default=0)
+    if isinstance(layers, int) and layers * experts > _MOST_MATRICES:
+        raise DynqError(f"config.json: {layers} layers of {experts} experts, more than any model has")
+
+
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """With transformers' defaults for what config.json leaves out, and its present names for old ones."""
     import transformers  # brings torch
 
+    _check_sizes(config)
     kept = {key: config[key] for key in ("quantization_config",) if key in config}
     try:
         return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict() | kept

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynq import export, libllama, mixes, recipe, shards, tokenizer
+from dynq import export, gguf_header, libllama, mixes, recipe, shards, tokenizer
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import compare, kld, logits_file, tables, tasks
@@ -195,7 +195,7 @@ def _entrant(label: str, path: Path, original: Checkpoint | None) -> Entrant:
     return Entrant(
         label,
         path,
-        tensor_bytes=sum(recipe.stored_bytes(fmt, shape) for fmt, shape in tensors.values()),
+        tensor_bytes=sum(gguf_header.stored_bytes(fmt, shape) for fmt, shape in tensors.values()),
         n_weights=sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()),
     )
 

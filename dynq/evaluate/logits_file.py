@@ -15,6 +15,7 @@ import shutil
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,8 @@ def read(path: str | Path) -> LogitsFile:
     DynqError for another kind of file, a truncated one, or impossible numbers.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise DynqError(f"{path}: the logits file cannot be read: not a file")
     try:
         with path.open("rb") as file:
             magic, header = file.read(len(MAGIC)), file.read(_HEADER.size)
@@ -86,7 +89,7 @@ def read(path: str | Path) -> LogitsFile:
         )
     start = len(MAGIC) + _HEADER.size
     shape = n_chunks, n_ctx - 1 - n_ctx // 2, _width(n_vocab)
-    size, expected = path.stat().st_size, start + 4 * n_chunks * n_ctx + 2 * int(np.prod(shape, dtype=np.int64))
+    size, expected = path.stat().st_size, start + 4 * n_chunks * n_ctx + 2 * prod(shape)
     if size != expected:
         raise DynqError(f"{path}: {size:,} bytes where {expected:,} are expected: truncated; make it anew")
     tokens = np.fromfile(path, "<i4", n_chunks * n_ctx, offset=start).reshape(n_chunks, n_ctx)

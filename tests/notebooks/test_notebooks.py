@@ -16,15 +16,17 @@ import papermill
 import pytest
 import yaml
 from conftest import ARGUMENTS, PARAMETERS, TARGET, dynq_command, same_products
+from markup import EVIL, Page, evil
 from nbclient import NotebookClient
 from test_describe import recipe_for
 
 from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.export import export
-from dynq.folder import content_hash
+from dynq.folder import RunFolder, content_hash
 from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
+from dynq.report import write_report
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 NAMES = runner.NOTEBOOKS
@@ -112,6 +114,19 @@ def test_model_card_is_ready_for_the_hub(quick_run):
         assert words in card
     assert json.loads((folder / "calibrate-text.json").read_text())["sha256"] in card
     assert "\n\n\n" not in card
+
+
+def test_report_and_card_take_nothing_of_a_model_as_markup(quick_run, tmp_path):
+    folder = RunFolder(shutil.copytree(quick_run[0], tmp_path / "run"))
+    own_names = {"kind", "label", "target", "file", "below", "above", "like", "uniform", "statistics", "sha256", "fingerprint"}
+    for name in ("evaluation.json", "calibrate-text.json", "3.5bpw.export.json"):
+        folder.write_json(name, evil(folder.read_json(name), own_names))
+    write_report(folder, open_checkpoint("dynq-tiny"))
+    page = Page((folder / "report.html").read_text())
+    assert "img" not in page.tags and page.handlers == []
+    assert page.text.count(EVIL) >= 5  # the model's name, two texts, what was asked and what was answered
+    card = (folder / "model-card.md").read_text()
+    assert "<img" not in card and card.count("&#60;img src=x onerror=alert(1)&#62;") >= 3
 
 
 def test_live_notebooks_make_the_same_files(quick_run, tmp_path):
