@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ class Engine:
         if not Path(path).is_file():
             raise DynqError(f"{path}: no such file")
         self.path = Path(path)
+        self._ran = False
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = n_ctx, 1, 0
@@ -71,6 +73,11 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._ran:
+            # A server that is freed before its loop runs waits for the end of that loop for ever: the loop begins
+            # afterwards and overwrites the word that it should end. Whatever the loop has answered, it runs.
+            with suppress(DynqError):
+                self.generate([0], 1, top=0)
         self._server = None
 
     def generate(
@@ -82,6 +89,7 @@ class Engine:
             n_tokens: at most so many; fewer if the model ends its answer, unless `ignore_eos`.
             top: log-probabilities to return per token.
         """
+        self._ran = True
         answer = self._post(
             "completion",
             {
