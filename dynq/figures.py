@@ -18,8 +18,6 @@ from dynq.evaluate.tables import layer_rows, layers_title
 from dynq.progress import is_static
 
 if TYPE_CHECKING:
-    import pyarrow
-
     from dynq.checkpoint import TensorInfo
     from dynq.evaluate.pair import Encoded
     from dynq.imatrix import Importance
@@ -130,72 +128,6 @@ def importance_map(
         for found, pairs in shares.items()
     ]
     return Picture(figure, html_table(table, "How uneven the channels are, mean over layers"))
-
-
-# --- 04: sensitivity --------------------------------------------------------------------------------------------------
-
-
-def sensitivity_map(table: "pyarrow.Table") -> Picture:
-    """Predicted KLD of every tensor in every format, as a heat map; the table has the sums by kind and format."""
-    rows = table.to_pylist()
-    names = list(dict.fromkeys(row["tensor"] for row in rows))
-    found = sorted({row["format"] for row in rows}, key=lambda fmt: (formats.get(fmt).bpw, fmt))
-    value = {(row["tensor"], row["format"]): row["predicted_kld"] for row in rows}
-    logs = [
-        [None if (v := value.get((name, fmt))) is None else float(np.log10(max(v, 1e-9))) for fmt in found]
-        for name in names
-    ]
-    figure = go.Figure(go.Heatmap(z=logs, x=found, y=names, colorscale=_SCALE, colorbar={"title": "log10 nats"}))
-    styled(
-        figure,
-        "Predicted KL divergence, one tensor in one format",
-        220 + 8 * len(names),
-        margin={"l": 170, "r": 30, "t": 60, "b": 60},
-    )
-    figure.update_yaxes(autorange="reversed", tickfont={"size": 9})
-    sums: dict[str, dict[str, float]] = {}
-    for row in rows:
-        kind = sums.setdefault(row["kind"], dict.fromkeys(found, 0.0))
-        kind[row["format"]] += row["predicted_kld"]
-    lines = [{"kind": kind} | {fmt: v or None for fmt, v in by_format.items()} for kind, by_format in sums.items()]
-    return Picture(figure, html_table(lines, "Predicted KLD in nats per token, summed over the tensors of a kind"))
-
-
-def prediction_scatter(table: "pyarrow.Table", agreement: Mapping[str, Any]) -> Picture:
-    """Predicted against measured KLD of the swaps that were measured. agreement: of `dynq.sensitivity.agreement`."""
-    rows = [row for row in table.to_pylist() if row["measured_kld"] is not None]
-    figure = go.Figure()
-    for fmt, colour in zip(sorted({row["format"] for row in rows}), (BLUE, ORANGE, GREEN, PINK) * 8, strict=False):
-        own = [row for row in rows if row["format"] == fmt]
-        figure.add_scatter(
-            x=[row["measured_kld"] for row in own],
-            y=[row["predicted_kld"] for row in own],
-            error_y={"array": [row["predicted_error"] for row in own], "thickness": 1},
-            text=[row["tensor"] for row in own],
-            mode="markers",
-            name=fmt,
-            marker={"color": colour, "size": 8},
-        )
-    if rows:
-        ends = [f(row[key] for row in rows for key in ("measured_kld", "predicted_kld")) for f in (min, max)]
-        figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", line={"color": BLACK, "dash": "dot", "width": 1})
-    ranks = ", ".join(f"{fmt} {rho:.2f}" for fmt, rho in agreement["rank"].items() if rho is not None)
-    styled(figure, "Predicted and measured KLD of single swaps" + (f" (rank correlation {ranks})" if ranks else ""))
-    figure.update_xaxes(title="measured, nats", **NATS).update_yaxes(title="predicted, nats", **NATS)
-    lines = [
-        {
-            "tensor": row["tensor"],
-            "format": row["format"],
-            "predicted": row["predicted_kld"],
-            "±": row["predicted_error"],
-            "measured": row["measured_kld"],
-            "predicted / measured": row["predicted_kld"] / max(row["measured_kld"], 1e-12),
-        }
-        for row in rows
-    ]
-    medians = [{"kind": kind, "median of predicted / measured": ratio} for kind, ratio in agreement["ratio"].items()]
-    tables = html_table(medians, "Kinds of tensor"), html_table(lines, "Swaps that were measured")
-    return Picture(figure, "".join(tables))
 
 
 # --- 05: the recipe ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 import dynq
-from dynq import card, experts, figures, figures_sweep, mixes, sensitivity, svg
+from dynq import card, experts, figures, figures_sensitivity, figures_sweep, mixes, sensitivity, svg
 from dynq.evaluate import tables
 from dynq.figures_experts import experts_map
 from dynq.files import replacing
@@ -57,7 +57,7 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         "experts": _embedded(experts_map(seen, read_imatrix(folder / "imatrix.gguf"), checkpoint), "experts")
         if seen
         else None,
-        "scatter": _embedded(figures.prediction_scatter(table, agreement), "scatter"),
+        "scatter": _embedded(figures_sensitivity.prediction_scatter(table, agreement), "scatter"),
         "plotlyjs": get_plotlyjs(),
         "style": _data("style.css"),
     }

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dynq import figures
+from dynq import figures, figures_sensitivity
 from dynq.checkpoint import TensorInfo
 from dynq.evaluate.greedy import Divergence
 from dynq.evaluate.pair import Encoded
@@ -84,21 +84,23 @@ def test_importance_map_keeps_the_peak_of_wide_layers():
 
 
 def test_sensitivity_map_orders_formats_by_size_and_adds_up():
-    picture = figures.sensitivity_map(sensitivity_table({}))
+    picture = figures_sensitivity.sensitivity_map(sensitivity_table({}))
     assert list(picture.figure.data[0].x) == ["Q2_K", "Q4_K"]
     assert cells(picture) == [["kind", "Q2_K", "Q4_K"], ["attn_q", f"{0.2 / 2.625:.4g}", f"{0.2 / 4.5:.4g}"]]
 
 
 def test_prediction_scatter_shows_what_was_measured():
     table = sensitivity_table({("blk.0.attn_q.weight", "Q4_K"): 0.02})
-    picture = figures.prediction_scatter(
+    picture = figures_sensitivity.prediction_scatter(
         table, {"rank": {"Q4_K": 0.95, "Q2_K": None}, "ratio": {"attn_q": 1.25}, "n": 1}
     )
     assert list(picture.figure.data[0].x) == [0.02]
     assert "Q4_K 0.95" in picture.figure.layout.title.text and "Q2_K" not in picture.figure.layout.title.text
     assert cells(picture)[:2] == [["kind", "median of predicted / measured"], ["attn_q", "1.25"]]
     assert len(cells(picture)) == 4
-    figures.prediction_scatter(sensitivity_table({}), {"rank": {}, "ratio": {}, "n": 0})  # nothing measured is no error
+    figures_sensitivity.prediction_scatter(
+        sensitivity_table({}), {"rank": {}, "ratio": {}, "n": 0}
+    )  # nothing measured is no error
 
 
 def test_recipe_grid_stands_by_layer_and_kind():

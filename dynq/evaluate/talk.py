@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dynq import export
-from dynq.checkpoint import Checkpoint
+from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.evaluate import compare, greedy
 from dynq.imatrix import Importance
 from dynq.progress import progress
@@ -40,10 +41,7 @@ def talk(
     without. The model is held in memory twice.
     """
     tokenizer, original = load_tokenizer(checkpoint), load_model(checkpoint)
-    conversations = [[{"role": "user", "content": question}] for question in questions]
-    n_ctx = original.config.get_text_config().max_position_embeddings
-    asked = greedy.encode_prompts(tokenizer, n_ctx=n_ctx, n_tokens=n_tokens, conversations=conversations)
-    stop = greedy.stop_tokens(original, tokenizer)
+    asked, stop = _asked(tokenizer, original, questions, n_tokens)
     whole = greedy.answer(original, asked, stop, n_tokens=n_tokens, desc="")
     kinds = {info.dtype for info in checkpoint.tensors.values() if info.quantizable}
     own = {name: info.dtype for name, info in checkpoint.tensors.items()}
@@ -54,6 +52,29 @@ def talk(
         answers = greedy.answer(model, asked, stop, n_tokens=n_tokens, desc="")
         found.append(_spoken(fmt, chosen, checkpoint, tokenizer, answers, whole))
     return found
+
+
+def talk_of(checkpoint: Checkpoint, file: Path, questions: Sequence[str], *, n_tokens: int = 40) -> list[Spoken]:
+    """Greedy answers of the original and of a GGUF that was made from it. Both are held in memory."""
+    tokenizer, original = load_tokenizer(checkpoint), load_model(checkpoint)
+    asked, stop = _asked(tokenizer, original, questions, n_tokens)
+    quantized = open_checkpoint(file, allow_requantize=True)
+    whole, own = (
+        greedy.answer(model, asked, stop, n_tokens=n_tokens, desc="") for model in (original, load_model(quantized))
+    )
+    types = [{name: info.dtype for name, info in model.tensors.items()} for model in (checkpoint, quantized)]
+    return [
+        _spoken("original", types[0], checkpoint, tokenizer, whole, whole),
+        _spoken(file.name, types[1], checkpoint, tokenizer, own, whole),
+    ]
+
+
+def _asked(tokenizer: Any, model: Any, questions: Sequence[str], n_tokens: int) -> tuple[list[list[int]], set[int]]:
+    """Token ids of each question in the chat template, and the tokens that end an answer."""
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    n_ctx = model.config.get_text_config().max_position_embeddings
+    asked = greedy.encode_prompts(tokenizer, n_ctx=n_ctx, n_tokens=n_tokens, conversations=conversations)
+    return asked, greedy.stop_tokens(model, tokenizer)
 
 
 def _spoken(
