@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dynq import figures, figures_sensitivity
+from dynq import figures, figures_sensitivity, figures_text
 from dynq.checkpoint import TensorInfo
 from dynq.evaluate.greedy import Divergence
 from dynq.evaluate.pair import Encoded
@@ -200,3 +200,27 @@ def test_nothing_fed_back_is_said_in_the_picture():
     empty = figures.feedback_gain([told | {"level": "search"}], infos)
     assert "no tensor is fed back" in empty.figure.layout.annotations[0].text and "too little text" in empty.table
     assert not figures.feedback_gain([told | {"level": "feedback", "gain": 0.8}], infos).figure.layout.annotations
+
+
+def test_curves_of_a_layer_join_what_no_smaller_format_beats():
+    picture = figures_sensitivity.tensor_curves(sensitivity_table({}), layer=0)
+    drawn = picture.figure.data
+    names = {row["tensor"] for row in sensitivity_table({}).to_pylist() if row["tensor"].startswith("blk.0.")}
+    assert names and len(drawn) == 2 * len(names)
+    for line in drawn[::2]:
+        assert len(line.y) > 1 and (np.diff(line.y) < 0).all()
+    assert all(name in picture.table for name in names)
+
+
+def test_special_tokens_are_coloured_and_text_is_escaped():
+    class Tokenizer:
+        all_special_ids = (1,)
+        words = ("<b>", "<|end|>", "a\n")
+
+        def decode(self, ids):
+            return "".join(self.words[i] for i in ids)
+
+    page = figures_text.tokens_shown(Tokenizer(), [0, 1, 2])
+    assert "<b>" not in page and "&lt;b&gt;" in page
+    assert page.count("#E69F00") == 1 and page.index("#E69F00") < page.index("&lt;|end|&gt;")
+    assert "a⏎" in page and page.count("<br>") == 1
