@@ -4,6 +4,7 @@ A run that fails stops no other. The same command again goes on: a run whose mod
 is skipped as a whole, so what it made besides its results (the GGUF files) may be moved away.
 """
 
+import contextlib
 import itertools
 import json
 import sys
@@ -121,7 +122,9 @@ def _run(
     for path in [*itertools.chain(*map(text_files, specs)), *map(Path, values.get("files", ()))]:
         inputs[str(path)] = content_hash(path)
     outputs = [f"{name}/evaluation.json", f"{name}/report.html"]
-    with folder.step(f"run.{name}", parameters={}, inputs=inputs, outputs=outputs) as todo:
+    # what a step says is for who watches; the standard output is for the result
+    step = folder.step(f"run.{name}", parameters={}, inputs=inputs, outputs=outputs)
+    with contextlib.redirect_stdout(stream), step as todo:
         if todo:
             own = RunFolder(folder / name, force=folder.force)
             runner.execute(runner.plan(model, targets, own, values), own, stream=stream)

@@ -56,7 +56,7 @@ def test_blocks_of_a_file_with_and_without_its_model(model, tmp_path):
     with pytest.raises(DynqError, match="no model and no GGUF"):
         Blocks()
     (tmp_path / "no.gguf").write_bytes(b"nothing")
-    with pytest.raises(DynqError, match="not a readable GGUF"):
+    with pytest.raises(DynqError, match="not a GGUF file"):
         Blocks(gguf=tmp_path / "no.gguf")
 
 

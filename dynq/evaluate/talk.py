@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dynq import export
 from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.engine import generate
+from dynq.errors import DynqError
 from dynq.evaluate import compare, greedy
 from dynq.imatrix import Importance
 from dynq.progress import progress
+from dynq.text import encode_prompt
 from dynq.torch_model import load_model, load_tokenizer
 
 
@@ -67,6 +71,23 @@ def talk_of(checkpoint: Checkpoint, file: Path, questions: Sequence[str], *, n_t
         _spoken("original", types[0], checkpoint, tokenizer, whole, whole),
         _spoken(file.name, types[1], checkpoint, tokenizer, own, whole),
     ]
+
+
+def ask(checkpoint: Checkpoint, file: Path, prompt: str, n_tokens: int) -> dict[str, str] | None:
+    """What llama.cpp itself answers from a file: "prompt" and "text". None where it is not installed, and, with its
+    reason printed, where it does not open a file of an architecture that dynq does not know either."""
+    if find_spec("xllamacpp") is None:
+        return None
+    if not checkpoint.architecture.known:  # llama.cpp tokenizes
+        try:
+            return {"prompt": prompt, "text": generate(file, prompt, n_tokens).text}
+        except DynqError as error:
+            print(error)
+            return None
+    tokenizer = load_tokenizer(checkpoint)
+    turn = [{"role": "user", "content": prompt}]
+    asked = encode_prompt(tokenizer, turn) if tokenizer.chat_template else tokenizer(prompt).input_ids
+    return {"prompt": prompt, "text": generate(file, asked, n_tokens).text}
 
 
 def _asked(tokenizer: Any, model: Any, questions: Sequence[str], n_tokens: int) -> tuple[list[list[int]], set[int]]:
