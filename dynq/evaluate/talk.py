@@ -59,13 +59,14 @@ def talk(
 
 
 def talk_of(checkpoint: Checkpoint, file: Path, questions: Sequence[str], *, n_tokens: int = 40) -> list[Spoken]:
-    """Greedy answers of the original and of a GGUF that was made from it. Both are held in memory."""
-    tokenizer, original = load_tokenizer(checkpoint), load_model(checkpoint)
-    asked, stop = _asked(tokenizer, original, questions, n_tokens)
-    quantized = open_checkpoint(file, allow_requantize=True)
-    whole, own = (
-        greedy.answer(model, asked, stop, n_tokens=n_tokens, desc="") for model in (original, load_model(quantized))
-    )
+    """Greedy answers of the original and of a GGUF that was made from it, one model in memory at a time."""
+    tokenizer, quantized = load_tokenizer(checkpoint), open_checkpoint(file, allow_requantize=True)
+    answers: list[list[list[int]]] = []
+    for one in progress([checkpoint, quantized], desc="answers", unit="model"):
+        model = load_model(one)
+        asked, stop = _asked(tokenizer, model, questions, n_tokens)
+        answers.append(greedy.answer(model, asked, stop, n_tokens=n_tokens, desc=""))
+    whole, own = answers
     types = [{name: info.dtype for name, info in model.tensors.items()} for model in (checkpoint, quantized)]
     return [
         _spoken("original", types[0], checkpoint, tokenizer, whole, whole),
