@@ -61,7 +61,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def undisturbed(folder: Path) -> tuple[Path, float]:
-    """A run's folder and its seconds; made until two agree, since arithmetic on several threads may differ by itself."""
+    """A run's folder and its seconds; made until two agree: several threads may differ by themselves."""
     made: list[Path] = []
     while True:
         made.append(folder / f"whole{len(made)}")
