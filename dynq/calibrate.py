@@ -53,7 +53,7 @@ def calibrate(
     stopped: the caller clears ``fisher/`` when the inputs have changed.
 
     A model whose layers are read one by one (`layerwise.reader`) is computed layer by layer: a part of ``fisher/`` for
-    each sequence and layer, the same samples in all.
+    each sequence and layer, the same samples in all. Cut off, it begins anew.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise DynqError(f"calibration text of shape {tokens.shape}: need [chunks, tokens per chunk >= 2]")

@@ -19,7 +19,7 @@ from dynq.fisher import Fisher
 from dynq.imatrix import Importance
 from dynq.layerwise import reader
 from dynq.progress import progress
-from dynq.recorder import Recorder
+from dynq.recorder import Recorder, Use
 from dynq.text import encode_prompt, further_chunks, prompts, sample_chats
 
 WANTED = 64
@@ -76,11 +76,8 @@ def top_up(
     counts = {name: importance.counts[name].astype(np.float64) for name in names}
     recorder = Recorder(model, checkpoint)
 
-    def open_places() -> dict[str, np.ndarray]:
-        return {name: counts[name] < wanted for name in names}
-
-    def seen(ids: Sequence[int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Tensor, its inputs and the expert of each, of one text."""
+    def seen(ids: Sequence[int]) -> Iterator[tuple[str, Use, np.ndarray]]:
+        """Tensor, what it read of one text, and the expert of each row of that."""
         recorder.clear()
         with torch.no_grad(), recorder:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
@@ -89,14 +86,11 @@ def top_up(
             if unit not in recorder.used:
                 continue  # no token of a short text reached this layer's experts, or all of it is elsewhere
             use = recorder.use(unit)
-            slot, shape = checkpoint.architecture.slot_of(name), tuple(recorder.units[unit].shape)
-            columns = slot.columns(shape, unit in recorder.flipped)
-            if columns is not None and use.expert is not None:
-                yield name, use.x.double().cpu().numpy()[:, columns], use.expert.cpu().numpy()
+            if use.expert is not None:
+                yield name, use, use.expert.cpu().numpy()
 
     def reach(ids: Sequence[int]) -> int:
-        missing = open_places()
-        return sum(int(missing[name][expert].sum()) for name, _, expert in seen(ids))
+        return sum(int((counts[name] < wanted)[expert].sum()) for name, _, expert in seen(ids))
 
     def texts() -> Iterator[list[int]]:
         yield from further_chunks(spec, tokenizer, n_ctx=n_ctx, skip=n_chunks, most=limit)
@@ -111,14 +105,20 @@ def top_up(
     read = 0
     with progress(total=limit * n_ctx, desc="text for starved experts", unit="tok") as bar:
         for ids in _up_to(texts(), limit * n_ctx):
-            for name, x, expert in seen(ids):
-                for e in np.flatnonzero(counts[name] < wanted):
+            for name, use, expert in seen(ids):
+                unit, few = recorder.tensors[name], starved(counts[name], wanted)
+                shape, flipped = tuple(recorder.units[unit].shape), unit in recorder.flipped
+                columns = checkpoint.architecture.slot_of(name).columns(shape, flipped) if few else None
+                if columns is None:
+                    continue
+                x = use.x.double().cpu().numpy()[:, columns]
+                for e in few:
                     rows = x[expert == e]
                     sums[name][e] += np.square(rows).sum(axis=0)
                     counts[name][e] += len(rows)
             read += len(ids)
             bar.update(len(ids))
-            if not any(missing.any() for missing in open_places().values()):
+            if not any(starved(counts[name], wanted) for name in names):
                 break
     return replace(
         importance,

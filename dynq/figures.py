@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynq.recipe import Recipe
 
 BLUE, ORANGE, GREEN, PINK, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#333333"
-_SCALE = "Cividis"
+SCALE = "Cividis"
 # ticks that say the whole number: plotly's own leave "5" for 0.5
 NATS = {"type": "log", "tickvals": [m * 10.0**e for e in range(-9, 2) for m in (1, 2, 5)], "tickformat": "~g"}
 
@@ -114,7 +114,7 @@ def importance_map(
             rows.append(np.log10(np.maximum(np.array(cells) / max(flat.mean(), 1e-300), 1e-6)))
             layers.append(str(info.layer))
     figure = go.Figure(
-        go.Heatmap(z=[list(map(float, row)) for row in rows], y=layers, colorscale=_SCALE, colorbar={"title": "log10"})
+        go.Heatmap(z=[list(map(float, row)) for row in rows], y=layers, colorscale=SCALE, colorbar={"title": "log10"})
     )
     styled(figure, f"Importance of the channels that {kind} reads, over the layer's mean", 380)
     figure.update_xaxes(title="input channel").update_yaxes(title="layer", type="category")
@@ -152,7 +152,7 @@ def recipe_grid(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]", mix: Mapp
             text=names,
             texttemplate="%{text}",
             textfont={"size": 10},
-            colorscale=_SCALE,
+            colorscale=SCALE,
             colorbar={"title": "bpw"},
             xgap=1,
             ygap=1,

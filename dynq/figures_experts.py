@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from dynq.checkpoint import Checkpoint
 from dynq.experts import WANTED, expert_rows
-from dynq.figures import Picture, html_table, styled
+from dynq.figures import SCALE, Picture, html_table, styled
 from dynq.imatrix import Importance
 
 
@@ -32,7 +32,7 @@ def experts_map(seen: Mapping[int, np.ndarray], importance: Importance, checkpoi
                 [[int(e), int(n)] for e, n in zip(by, row, strict=True)] for by, row in zip(order, counts, strict=True)
             ],
             hovertemplate="layer %{y}, expert %{customdata[0]}: %{customdata[1]:,} tokens<extra></extra>",
-            colorscale="Cividis",
+            colorscale=SCALE,
             colorbar={
                 "title": "tokens",
                 "tickvals": [float(np.log10(t)) for t in ticks],

@@ -7,12 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from dynq import formats
-from dynq.figures import BLACK, BLUE, GREEN, NATS, ORANGE, PINK, Picture, html_table, styled
+from dynq.figures import BLACK, BLUE, GREEN, NATS, ORANGE, PINK, SCALE, Picture, html_table, styled
 
 if TYPE_CHECKING:
     import pyarrow
 
-_SCALE = "Cividis"
 _COLOURS = (BLUE, ORANGE, GREEN, PINK, BLACK, "#56B4E9", "#D55E00", "#F0E442")
 
 
@@ -26,7 +25,7 @@ def sensitivity_map(table: "pyarrow.Table") -> Picture:
         [None if (v := value.get((name, fmt))) is None else float(np.log10(max(v, 1e-9))) for fmt in found]
         for name in names
     ]
-    figure = go.Figure(go.Heatmap(z=logs, x=found, y=names, colorscale=_SCALE, colorbar={"title": "log10 nats"}))
+    figure = go.Figure(go.Heatmap(z=logs, x=found, y=names, colorscale=SCALE, colorbar={"title": "log10 nats"}))
     styled(
         figure,
         "Predicted KL divergence, one tensor in one format",

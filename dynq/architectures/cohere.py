@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import Decoder, Module
+from dynq.architectures.decoder import Decoder, MaybeNormed, Module
 from dynq.architectures.llama import sizes
 from dynq.architectures.sliding import WINDOW_KEYS, pattern_from_gguf, pattern_to_gguf
 from dynq.errors import DynqError
@@ -37,7 +37,7 @@ class _Cohere(Decoder):
         return super().metadata() | sizes(self)
 
 
-class Cohere(_Cohere):
+class Cohere(MaybeNormed, _Cohere):
     """Norms of each head of q and k, with weights of their own, in the large models."""
 
     arch = gguf.MODEL_ARCH.COMMAND_R
@@ -48,15 +48,6 @@ class Cohere(_Cohere):
         if bool(config.get("use_qk_norm")) != (self.n_layer >= _NORMS_FROM):
             wrong = f"config.json: use_qk_norm {config.get('use_qk_norm')} is not supported with {self.n_layer} layers"
             raise DynqError(f"{wrong}: llama.cpp has norms of q and k from {_NORMS_FROM} layers on")
-
-    def modules(self, layer: int) -> Sequence[Module]:
-        norms = ("self_attn.q_norm", "self_attn.k_norm") if self.config.get("use_qk_norm") else ()
-        return (*super().modules(layer), *norms)
-
-    @classmethod
-    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        norms = "blk.0.attn_q_norm.weight" in tensors
-        return super().config_from_gguf(metadata, tensors) | {"use_qk_norm": norms}
 
 
 class Cohere2(_Cohere):

@@ -23,6 +23,7 @@ _FREQUENCIES = {
 }
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 WITHOUT_FACTORS = ("default", "linear", "dynamic", "yarn")
@@ -193,6 +194,18 @@ _FRACTIONS = ("epsilon", "scale", "softcapping", "factor", "freq_base", "scaling
 def _number(key: str, value: Any) -> Any:
     """As a fraction where llama.cpp reads one: configs write 30 for 30.0."""
     return float(value) if key.endswith(_FRACTIONS) and value is not None else value
+
+
+class MaybeNormed(Decoder):
+    """A decoder that has norms of each head of q and k, after its other tensors, in some models (`use_qk_norm`)."""
+
+    def modules(self, layer: int) -> Sequence[Module]:
+        return (*super().modules(layer), *(QK_NORMS if self.config.get("use_qk_norm") else ()))
+
+    @classmethod
+    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        norms = "blk.0.attn_q_norm.weight" in tensors
+        return super().config_from_gguf(metadata, tensors) | {"use_qk_norm": norms}
 
 
 class Routed(Decoder):

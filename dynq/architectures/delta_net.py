@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 
-from dynq.architectures.decoder import ATTENTION, Decoder, Module, Routed
+from dynq.architectures.decoder import ATTENTION, QK_NORMS, Decoder, Module, Routed
 from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
 
@@ -27,7 +27,7 @@ _INSIDE = (
 class _DeltaNet(Decoder):
     """`linear`: what a delta net multiplies by, in place of `attention`."""
 
-    attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
+    attention = (*ATTENTION, *QK_NORMS)
     linear: ClassVar[tuple[Module, ...]]
     norm_plus = 1.0
     partial_rope = True

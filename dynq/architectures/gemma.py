@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, Decoder, Module
+from dynq.architectures.decoder import ATTENTION, QK_NORMS, Decoder, Module
 from dynq.architectures.rope import Rope
 from dynq.architectures.sliding import WINDOW_KEYS, pattern_from_gguf, pattern_to_gguf
 from dynq.errors import DynqError
@@ -75,7 +75,7 @@ class Gemma3(_Gemma):
 
     arch = gguf.MODEL_ARCH.GEMMA3
     model_types = ("gemma3_text",)
-    attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
+    attention = (*ATTENTION, *QK_NORMS)
     every, widest = 6, 62
     keys = _Gemma.keys | WINDOW_KEYS | {"final_logit_softcapping": "final_logit_softcapping"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Decoder, Module
+from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Decoder, MaybeNormed, Module
 from dynq.architectures.deepseek import AfterDense
 from dynq.errors import DynqError
 
@@ -50,17 +50,8 @@ class Glm4(_Glm):
         )
 
 
-class Glm4Moe(_Glm, AfterDense):
+class Glm4Moe(MaybeNormed, _Glm, AfterDense):
     """Norms of each head of q and k in the large models (`use_qk_norm`)."""
 
     arch = gguf.MODEL_ARCH.GLM4_MOE
     model_types = ("glm4_moe",)
-
-    def modules(self, layer: int) -> tuple[Module, ...]:
-        norms = ("self_attn.q_norm", "self_attn.k_norm") if self.config.get("use_qk_norm") else ()
-        return (*super().modules(layer), *norms)
-
-    @classmethod
-    def config_from_gguf(cls, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        norms = "blk.0.attn_q_norm.weight" in tensors
-        return super().config_from_gguf(metadata, tensors) | {"use_qk_norm": norms}

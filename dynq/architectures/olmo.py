@@ -4,7 +4,7 @@ from typing import Any
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, WITHOUT_FACTORS, Decoder
+from dynq.architectures.decoder import ATTENTION, FEED_FORWARD, QK_NORMS, WITHOUT_FACTORS, Decoder
 from dynq.errors import DynqError
 
 
@@ -13,7 +13,7 @@ class Olmo2(Decoder):
     model_types = ("olmo2",)
     rope_types = WITHOUT_FACTORS
     ties = False
-    attention = (*ATTENTION, "self_attn.q_norm", "self_attn.k_norm")
+    attention = (*ATTENTION, *QK_NORMS)
     norms = ("post_attention_layernorm", "post_feedforward_layernorm")
 
     def __init__(self, config: dict[str, Any]) -> None:

@@ -4,10 +4,8 @@ from typing import Any, ClassVar
 
 import gguf
 
-from dynq.architectures.decoder import ATTENTION, WITHOUT_FACTORS, Decoder, Routed
+from dynq.architectures.decoder import ATTENTION, QK_NORMS, WITHOUT_FACTORS, Decoder, Routed
 from dynq.errors import DynqError
-
-_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 class _Qwen(Decoder):
@@ -34,7 +32,7 @@ class Qwen3(_Qwen):
 
     arch = gguf.MODEL_ARCH.QWEN3
     model_types = ("qwen3",)
-    attention = (*ATTENTION, *_QK_NORMS)
+    attention = (*ATTENTION, *QK_NORMS)
 
 
 class _QwenMoe(_Qwen, Routed):
