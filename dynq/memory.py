@@ -38,9 +38,10 @@ def resident(checkpoint: Checkpoint) -> int:
     return 4 * checkpoint.n_weights
 
 
-def fits(checkpoint: Checkpoint) -> bool:
-    """Whether a model can be in memory as a whole; else its layers are read when they are called (`layerwise`)."""
-    return resident(checkpoint) <= _BESIDES * available()
+def fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
+    """Whether a model can be in memory as a whole, so many times; else its layers are read when they are called
+    (`layerwise`)."""
+    return copies * resident(checkpoint) <= _BESIDES * available()
 
 
 def _free() -> int:

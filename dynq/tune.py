@@ -1,15 +1,17 @@
-"""Distillation of what multiplies whole blocks: their half floats, and norms and biases, by the gradient of the KLD.
+"""Distillation of an encoded model by the gradient of the KLD: scales of blocks, norms and biases, and codes.
 
-Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Codes and integer
-scales stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
-d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``. The
+Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Integer scales
+stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
+d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``.
+Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent). The
 loss is the KL divergence of the original model's next-token distribution, at every position. Adam (Kingma and Ba 2015)
-takes the steps; the result is rounded to half floats. Norms and biases, F32 in the file, have a multiplier for each
-value. Scales as the parameters of distillation: PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024).
+takes the steps; the result is rounded to half floats. Scales as the parameters of distillation: PV-Tuning (Malinovskii
+et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between codes too.
 
-How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. It is a fraction of the
-tensor's relative error, halved each time that a pass over the text hardly lowers the KLD on chunks kept aside, as the
-file would be written. The best state is returned, and the bytes as they came where that gains nothing.
+How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. For multipliers it is a
+fraction of the tensor's relative error, for latent numbers one of the distance of codes. Steps grow shorter like a
+cosine, and are halved each time that a pass over the text hardly lowers the KLD on chunks kept aside, as the file would
+be written. The best state is returned, and the bytes as they came where that gains nothing.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynq import codec, formats
+from dynq import codec, formats, latent
 from dynq.checkpoint import Checkpoint
 from dynq.encoding import Stream
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
 from dynq.kernels import halves, scales
+from dynq.latent import Latent, movable
 from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
+from dynq.memory import fits
 from dynq.progress import progress
 from dynq.torch_model import load_model, set_tensor
 
@@ -42,6 +46,9 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
+COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
+CODES = 0.001  # of the distance of two codes: one step of a latent number
+LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
@@ -53,14 +60,15 @@ LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 1
 class Tuned:
     """tensors: as given, with other half floats and F32 vectors. kld: on the chunks kept aside, before and after.
 
-    steps: how many were taken; tuned: half floats and values of F32 vectors that could change; history: rate and KLD
-    on the chunks kept aside after each pass.
+    steps: how many were taken; tuned: half floats and values of F32 vectors that could change; codes: share of all
+    weights that have another code now; history: rate and KLD on the chunks kept aside after each pass.
     """
 
     tensors: Tensors
     kld: tuple[float, float]
     steps: int
     tuned: int
+    codes: float
     history: tuple[tuple[float, float], ...]
 
 
@@ -75,6 +83,7 @@ def tune(
     batch: int = 2,
     passes: int = 10,
     rate: float = RATE,
+    codes: float = CODES,
     folder: Path | None = None,
 ) -> Tuned:
     """Tune the scales of an encoded model.
@@ -83,14 +92,15 @@ def tune(
         teacher: the original model in transformers, as `load_model` gives it; on its device the work is done.
         tensors: GGUF name -> (format, uint8 [..., row_bytes]), all of the model; not changed.
         tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
-        batch: chunks a step; passes: over the tokens, at most; rate: see the module.
+        batch: chunks a step; passes: over the tokens, at most; rate: of multipliers, codes: of latent numbers, see the
+            module; 0: the codes stay.
         folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary, in its
             ``teacher/`` (emptied first); the system's temporary folder by default.
 
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
-    twice that and 6 % more where there are offsets. The same input gives the same bytes for the same seed and number of
-    threads, on a CPU.
+    twice that and 6 % more where there are offsets; where codes move, the model `COPIES` times in all. The same input
+    gives the same bytes for the same seed and number of threads, on a CPU.
     DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite, the disk is full.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
@@ -99,7 +109,7 @@ def tune(
     with _place(folder) as place:
         fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
         judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
-        return _Search(checkpoint, teacher.device, tensors, fit, judge, rate).run(seed, batch, passes)
+        return _Search(checkpoint, teacher.device, tensors, fit, judge, rate, codes).run(seed, batch, passes)
 
 
 @contextmanager
@@ -127,6 +137,7 @@ def tuned(
     tokens: np.ndarray,
     domains: Sequence[str],
     passes: int,
+    codes: bool,
     report: Path,
     folder: Path | None = None,
 ) -> Stream:
@@ -134,7 +145,8 @@ def tuned(
 
     tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them judge, and without any of those nothing
     is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
-    report: a JSON file that gets kld (before, after), steps, tuned and history, see `Tuned`, or reason.
+    codes: whether codes move too, which they do only where memory holds the model `COPIES` times more.
+    report: a JSON file that gets kld (before, after), steps, tuned, codes and history, see `Tuned`, or reason.
     """
     if reader(teacher):
         _write(report, {"reason": "the model does not fit into memory"})
@@ -144,12 +156,16 @@ def tuned(
     aside = kept_aside(domains)
     told: dict[str, Any]
     if aside.any() and not aside.all():
-        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, folder=folder)
+        rate = CODES if codes and fits(checkpoint, COPIES) else 0.0
+        found = tune(
+            checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate, folder=folder
+        )
         tensors = found.tensors
         told = {
             "kld": found.kld,
             "steps": found.steps,
             "tuned": found.tuned,
+            "codes": found.codes,
             "history": [(scale, value if np.isfinite(value) else None) for scale, value in found.history],
         }
     else:
@@ -165,13 +181,23 @@ def _write(report: Path, told: dict[str, Any]) -> None:
 
 
 class _Blocks:
-    """The multipliers of one tensor, and its part of a parameter in the model, which is multiplied in place.
+    """The multipliers of one tensor, its latent numbers, and its part of a parameter in the model.
 
     m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 vector each value is a block.
-    now: the multipliers that the parameter holds. rate: a full step.
+    now: the multipliers that the parameter holds. rate: a full step. latent: None where codes stay, and then the
+    parameter is multiplied in place; codes: those of the start.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str, fmt: str, data: np.ndarray, parameter: Any, rate: float):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        fmt: str,
+        data: np.ndarray,
+        parameter: Any,
+        rate: float,
+        codes: bool,
+    ):
         self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
         shape = checkpoint.tensors[name].shape
         self.slot, self.vector, self.form = checkpoint.architecture.slot_of(name), len(shape) == 1, formats.get(fmt)
@@ -185,6 +211,11 @@ class _Blocks:
         self.m.grad = torch.zeros_like(self.m)
         self.now = self.m.clone()
         self.offsets = self._offsets() if len(self.m) == 2 else None
+        self.latent = None
+        if codes and not self.vector and movable(fmt):
+            original = checkpoint.read(name).reshape(-1, shape[-1])
+            self.latent = Latent(fmt, data, original, parameter.device)
+        self.codes = None if self.latent is None else self.latent.codes()
 
     def _flat(self, data: np.ndarray) -> np.ndarray:
         return data.reshape(-1, self.form.block_bytes)
@@ -218,6 +249,8 @@ class _Blocks:
     def take(self, gradient: Any) -> None:
         """dL/dm from the parameter's gradient: w = a u + b v, and v is known group by group."""
         gradient, a = self.slot.gather(gradient), self.now[0]
+        if self.latent is not None:
+            self.latent.take(gradient, a)
         total = torch.linalg.vecdot(self._blocks(gradient), self._blocks(self.weights))
         if self.offsets is not None:
             lower = (self._groups(gradient, self.offsets).sum(-1) * self.offsets).sum(-1)
@@ -227,15 +260,21 @@ class _Blocks:
 
     @torch.no_grad()
     def move(self, m: torch.Tensor) -> None:
-        """Bring the parameter to these multipliers."""
-        ratio = m[0] / self.now[0]
-        weights = self._blocks(self.weights).mul_(ratio[..., None])
+        """Bring the parameter to these multipliers, and to the codes of the latent numbers."""
+        if self.latent is not None:
+            weights, lower = self._blocks(self.latent.weights(m[0])), m[-1]
+        else:
+            ratio = m[0] / self.now[0]
+            weights, lower = self._blocks(self.weights).mul_(ratio[..., None]), m[-1] - self.now[-1] * ratio
         if self.offsets is not None:
-            more = self.offsets * (m[1] - self.now[1] * ratio)[..., None]
-            self._groups(weights, self.offsets).add_(more[..., None])
-        if not self.slot.same:
+            self._groups(weights, self.offsets).add_((self.offsets * lower[..., None])[..., None])
+        if self.latent is not None or not self.slot.same:
             self.slot.put(self.parameter, weights)
         self.now = m.clone()
+
+    def state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `encoded` needs: multipliers and codes."""
+        return self.m.clone(), None if self.latent is None else self.latent.codes()
 
     def rounded(self, m: torch.Tensor) -> torch.Tensor:
         """The multipliers of what can be stored; 1 where that would be 0 or infinity."""
@@ -245,12 +284,13 @@ class _Blocks:
         kept = (self.halves == 0) | (new == 0) | ~torch.isfinite(new)
         return torch.where(kept, 1.0, new / self.halves)
 
-    def encoded(self, m: torch.Tensor) -> np.ndarray:
-        """The tensor's bytes with multipliers of `rounded`."""
+    def encoded(self, m: torch.Tensor, codes: torch.Tensor | None) -> np.ndarray:
+        """The tensor's bytes with multipliers of `rounded`, and with other codes where there are some."""
         values = (self.halves * m).cpu().numpy()
         if self.vector:
             return values.view(np.uint8).reshape(self.data.shape)
-        out = self.data.copy()
+        out = self.data if codes is None else latent.encoded(self.fmt, self.data, codes.cpu().numpy())
+        out = out.copy()
         halves.put(self.fmt, self._flat(out), values.astype(np.float16).reshape(len(values), -1))
         return out
 
@@ -266,7 +306,9 @@ class _Search:
         fit: kld.Reference,
         aside: kld.Reference,
         rate: float,
+        codes_rate: float,
     ):
+        self.codes_rate = codes_rate
         self.checkpoint, self.tensors, self.fit, self.aside = checkpoint, tensors, fit, aside
         self.model = load_model(checkpoint, self._decoded(tensors)).to(device)
         self.model.requires_grad_(False)
@@ -282,7 +324,7 @@ class _Search:
                 continue
             if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
-                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size))
+                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0))
         self.hooks = [
             self._hook(parameter) for parameter in {id(b.parameter): b.parameter for b in self.blocks}.values()
         ]
@@ -324,48 +366,59 @@ class _Search:
                 f"{self.checkpoint.name}: the encoded model's answers are not finite; take tune=0, or more bits"
             )
         if not self.blocks:
-            return Tuned(dict(self.tensors), (before, before), 0, 0, ())
-        kept = [b.m.clone() for b in self.blocks]
+            return Tuned(dict(self.tensors), (before, before), 0, 0, 0.0, ())
+        kept = [b.state() for b in self.blocks]
         history: list[tuple[float, float]] = []
         scale, taken, halvings = 1.0, 0, 0
-        adam = torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.blocks], betas=BETAS)
-        with progress(total=passes * -(-n // batch), desc="tune", unit="step") as bar:
+        groups = [{"params": [b.m], "full": b.rate} for b in self.blocks]
+        groups += [{"params": [b.latent.z], "full": self.codes_rate} for b in self.blocks if b.latent is not None]
+        adam = torch.optim.Adam(groups, betas=BETAS)
+        total = passes * -(-n // batch)
+        with progress(total=total, desc="tune", unit="step") as bar:
             for _ in range(passes):
                 order = rng.permutation(n)
                 for start in range(0, n, batch):
                     taken += 1
-                    loss = self._step(adam, order[start : start + batch], scale * min(1.0, taken / WARMUP))
+                    slower = max(0.5 + 0.5 * np.cos(np.pi * (taken - 1) / total), LAST)
+                    loss = self._step(adam, order[start : start + batch], scale * slower * min(1.0, taken / WARMUP))
                     bar.set_postfix_str(f"KLD {loss:.4f}, kept aside {best:.4f} of {before:.4f}")
                     bar.update()
                 self.move([b.rounded(b.m) for b in self.blocks])
                 found = self.measured()
-                history.append((scale, found))
-                enough = found < (1 - LEAST) * best
-                if found < best:
-                    best, kept = found, [b.m.clone() for b in self.blocks]
-                if not enough:
+                history.append((scale * slower, found))
+                if found >= (1 - LEAST) * best:
                     halvings, scale = halvings + 1, scale / 2
-                    if halvings > HALVINGS:
-                        break
-                    for b, m in zip(self.blocks, kept, strict=True):
-                        b.m.copy_(m)
+                if found < best:
+                    best, kept = found, [b.state() for b in self.blocks]
+                if halvings > HALVINGS:
+                    break
                 self.move([b.m for b in self.blocks])
         return self._result(kept, before, taken, tuple(history))
 
     def _result(
-        self, kept: list[torch.Tensor], before: float, taken: int, history: tuple[tuple[float, float], ...]
+        self,
+        kept: list[tuple[torch.Tensor, torch.Tensor | None]],
+        before: float,
+        taken: int,
+        history: tuple[tuple[float, float], ...],
     ) -> Tuned:
         """What is written, measured as a reader will see it: the start where it is no better."""
         out = dict(self.tensors)
         for hook in self.hooks:
             hook.remove()
-        for b, m in zip(self.blocks, kept, strict=True):
-            out[b.name] = b.fmt, b.encoded(b.rounded(m))
+        for b, (m, codes) in zip(self.blocks, kept, strict=True):
+            out[b.name] = b.fmt, b.encoded(b.rounded(m), codes)
             set_tensor(self.model, self.checkpoint, b.name, next(self._decoded({b.name: out[b.name]}))[1])
         after = self.measured()
         if not after < before:
             out, after = dict(self.tensors), before
-        return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), history)
+            kept = [(b.m, b.codes) for b in self.blocks]
+        moved = sum(
+            0 if codes is None else int((codes != b.codes).sum())
+            for b, (_, codes) in zip(self.blocks, kept, strict=True)
+        )
+        share = moved / sum(self.checkpoint.tensors[name].n_weights for name in out)
+        return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), share, history)
 
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
@@ -375,6 +428,8 @@ class _Search:
         adam.step()
         for b in self.blocks:
             b.m.clamp_(*LIMITS)
+            if b.latent is not None:
+                b.latent.moved()
         self.move([b.m for b in self.blocks])
         return loss
 
@@ -382,6 +437,8 @@ class _Search:
         """The mean KLD of chunks at all positions, its gradient by the multipliers in their `grad`."""
         for b in self.blocks:
             b.m.grad.zero_()
+            if b.latent is not None:
+                b.latent.z.grad.zero_()
         loss, n = 0.0, len(chunks) * self.fit.scored
         for chunk in chunks:
             ids = torch.from_numpy(self.fit.tokens[[chunk]].astype(np.int64)).to(self.model.device)
@@ -394,7 +451,8 @@ class _Search:
                 slope = log_q.exp_().sub_(p).div_(n)  # of the KLD by the logits
             logits.backward(slope)
         for b in self.blocks:
-            b.m.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
+            for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
+                moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
         return loss
 
     def move(self, multipliers: list[torch.Tensor]) -> None:

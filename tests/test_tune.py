@@ -12,7 +12,8 @@ from dynq import codec, formats, tune
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
-from dynq.kernels import halves
+from dynq.kernels import halves, scales
+from dynq.latent import movable
 from dynq.layer_inputs import kept_aside
 from dynq.torch_model import load_model, set_tensor
 
@@ -41,7 +42,7 @@ def start(tmp_path_factory):
 
 
 def tuned(start, **settings):
-    settings = {"passes": 3, "rate": 0.02, **settings}
+    settings = {"passes": 3, "rate": 0.02, "codes": 0.02, **settings}
     return tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside, **settings)
 
 
@@ -103,7 +104,7 @@ def test_the_table_lacks_only_formats_without_half_floats():
 def search(start, tmp_path):
     """Not at the start, where all multipliers are 1."""
     fit = kld.make_reference(start.teacher, start.fit[:1], tmp_path / "fit", first=0, desc="")
-    search, rng = tune._Search(start.checkpoint, "cpu", start.tensors, fit, fit, 0.0), np.random.default_rng(2)
+    search, rng = tune._Search(start.checkpoint, "cpu", start.tensors, fit, fit, 0.0, 0.02), np.random.default_rng(2)
     for b in search.blocks:
         b.m.copy_(torch.from_numpy(rng.uniform(0.9, 1.1, b.m.shape)))
     search.move([b.m for b in search.blocks])
@@ -111,10 +112,17 @@ def search(start, tmp_path):
 
 
 def test_the_bytes_hold_the_weights_that_are_measured(start, search):
+    for b in search.blocks:
+        if b.latent is not None:  # far enough for some to take another code
+            b.latent.z += torch.from_numpy(np.random.default_rng(4).normal(size=b.latent.z.shape).astype(np.float32))
+            b.latent.moved()
     search.move([b.rounded(b.m) for b in search.blocks])
     model = load_model(start.checkpoint)
     for b in search.blocks:
-        written = b.fmt, b.encoded(b.rounded(b.m))
+        m, codes = b.state()
+        written = b.fmt, b.encoded(b.rounded(m), codes)
+        if codes is not None:
+            assert not np.array_equal(blanked(b.fmt, written[1]), blanked(b.fmt, b.data)), b.name
         set_tensor(model, start.checkpoint, b.name, next(decoded(start, {b.name: written}))[1])
         parameter = model.get_parameter(start.checkpoint.architecture.parameter(b.name)).detach()
         torch.testing.assert_close(b.parameter.detach(), parameter, rtol=1e-5, atol=1e-6, msg=b.name)
@@ -125,6 +133,7 @@ def test_gradient_of_the_multipliers_against_differences(start, search):
     search.gradient(np.array([0]))
     names = {b.name for b in search.blocks}
     assert {fmt for n, (fmt, _) in start.tensors.items() if n in names} == set(FORMATS) - {"MXFP4", "F16"} | {"F32"}
+    assert {b.fmt for b in search.blocks if b.latent is not None} == set(FORMATS) - {"MXFP4", "F16", "IQ1_M"}
     start_m = {b.name: b.m.numpy().copy() for b in search.blocks}
     model = load_model(start.checkpoint, decoded(start, start.tensors))
     for name, m in start_m.items():
@@ -157,9 +166,10 @@ def scaled(start, name, m):
     return total.astype(np.float32).reshape(start.checkpoint.tensors[name].shape)
 
 
-def test_only_half_floats_and_vectors_change(start, result):
+def test_only_half_floats_and_vectors_change_where_codes_stay(start):
+    found = tuned(start, codes=0)
     for name, (fmt, data) in start.tensors.items():
-        new_fmt, new = result.tensors[name]
+        new_fmt, new = found.tensors[name]
         assert (new_fmt, new.shape, new.dtype) == (fmt, data.shape, np.uint8)
         if fmt in halves.AT:
             assert np.array_equal(blanked(fmt, new), blanked(fmt, data)) and not np.array_equal(new, data), name
@@ -167,6 +177,22 @@ def test_only_half_floats_and_vectors_change(start, result):
             assert not np.array_equal(new, data), name
         else:
             assert np.array_equal(new, data), name
+
+
+def test_codes_change_and_integer_scales_do_not(start, result):
+    for name, (fmt, data) in start.tensors.items():
+        if not movable(fmt):
+            continue
+        (_, _, *old), (_, _, *new) = (
+            scales.read(fmt, x.reshape(-1, formats.get(fmt).block_bytes)) for x in (data, result.tensors[name][1])
+        )
+        assert all(map(np.array_equal, old, new)), name
+        assert not np.array_equal(blanked(fmt, data), blanked(fmt, result.tensors[name][1])), name
+
+
+def test_codes_gain_beside_scales(start, result):
+    assert 0.001 < result.codes < 0.5
+    assert result.kld[1] < tuned(start, codes=0).kld[1]
 
 
 def test_the_written_weights_are_closer_to_the_teacher(start, result):
@@ -230,7 +256,7 @@ def test_source_for_an_export(start, tmp_path):
 
         chosen = {name: fmt for name, (fmt, _) in start.tensors.items()}
         tokens = np.concatenate([start.fit, start.aside]).astype(np.int32)
-        reads = {"teacher": start.teacher, "tokens": tokens, "domains": domains, "passes": passes}
+        reads = {"teacher": start.teacher, "tokens": tokens, "domains": domains, "passes": passes, "codes": True}
         found = tune.tuned(encoded, start.checkpoint, chosen, **reads, report=tmp_path / report)
         return {name: data for name, _, data in found}, json.loads((tmp_path / report).read_text())
 

@@ -1,0 +1,143 @@
+"""Weights that move between the codes of their format.
+
+What a block can hold are points: equally spaced levels, IQ4's uneven ones, or the entries of a code book with their
+signs. A tensor's latent numbers lie between them, in units of the levels' distance, and decode to the nearest point;
+the gradient by a decoded weight is taken as that by its number (straight-through, Bengio et al. 2013). A number that
+has moved far enough takes its weight to the next code. Scales are not touched here.
+
+At the start each number decodes to the code that the encoder chose, and lies as far toward the original weight as
+that allows: codes that the encoder was in two minds about are the first to change.
+"""
+
+import numpy as np
+import torch
+
+from dynq import codec
+from dynq.kernels import scales, snap
+from dynq.kernels.grids import grid as lattice
+
+EDGE = 0.98  # of the way to the border between two codes, at most, at the start
+ROWS = 1 << 16  # groups of eight weights looked up at a time
+
+
+def movable(fmt: str) -> bool:
+    """Whether a format's codes can move: not those of IQ1, whose deltas are chosen with them, or without a grid."""
+    form = scales.grid(fmt)
+    return form is not None and (form.book is None or form.book.signs > 0)
+
+
+class Latent:
+    """The latent numbers of one tensor.
+
+    z float32 [rows, n], with its gradient; points float32 [rows, n]: what they decode to, in levels; step float32
+    [rows, groups]: a level's size in each group of weights, the multipliers of the half floats 1.
+    """
+
+    def __init__(self, fmt: str, data: np.ndarray, weights: np.ndarray, device: torch.device | str):
+        """data uint8 [..., row_bytes], weights float32 [rows, n]: the original."""
+        form = scales.grid(fmt)
+        assert form is not None and movable(fmt)
+        self.form, self.device = form, device
+        rows, n = weights.shape
+        d, dmin, ls, lm = scales.read(fmt, data.reshape(rows * n // form.block, -1))
+        step, offset = ((x * y).T.reshape(rows, n // form.group) for x, y in ((d, ls), (-dmin, lm)))
+        self.levels = torch.from_numpy(form.levels).to(device)
+        self.distance = float(np.diff(form.levels).mean())
+        halves = np.arange(2 * form.levels[0], 2 * form.levels[-1] + 1) / 2
+        self.by_half = torch.from_numpy(self._levels_of(halves + 0.25)).to(device)
+        self.step = torch.from_numpy(np.ascontiguousarray(step)).to(device)
+        safe = np.repeat(np.where(step == 0, 1, step), form.group, 1)  # of size 0 all codes are alike
+        shift = np.repeat(offset, form.group, 1)
+        decoded = codec.dequantize(data, fmt).reshape(rows, n)
+        held = self._levels_of((decoded - shift) / safe)
+        room = np.diff(form.levels, prepend=-np.inf, append=np.inf)
+        room = EDGE / 2 * np.minimum(room[:-1], room[1:])[np.searchsorted(form.levels, held)]
+        near = held + np.clip((weights - shift) / safe - held, -room, room)
+        self.z = torch.from_numpy((near / self.distance).astype(np.float32)).to(device)
+        held = torch.from_numpy(held).to(device)
+        self.snap()
+        wrong = (self.points != held).view(rows, -1, 8).any(-1).repeat_interleave(8, 1)
+        self.z = torch.where(wrong, held / self.distance, self.z)
+        self.snap()
+        self.z.grad = torch.zeros_like(self.z)
+
+    def _levels_of(self, values: np.ndarray) -> np.ndarray:
+        """The levels nearest to values, float32."""
+        levels = self.form.levels
+        return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values)]
+
+    @torch.no_grad()
+    def snap(self) -> None:
+        """Bring `points` to the numbers."""
+        x = self.z * self.distance
+        if self.form.book is not None:
+            self.points = self._entries(x)
+        elif torch.equal(self.levels.diff(), torch.ones_like(self.levels[1:])):
+            self.points = x.round_().clamp_(self.levels[0], self.levels[-1])
+        else:  # levels are integers, so the borders between them are multiples of a half
+            low, high = 2 * self.levels[0], 2 * self.levels[-1]
+            halves = x.mul_(2).floor_().clamp_(low, high).sub_(low).long()
+            self.points = self.by_half[halves]
+
+    def _entries(self, x: torch.Tensor) -> torch.Tensor:
+        book = self.form.book
+        assert book is not None
+        groups = x.view(-1, 8)
+        if x.device.type == "cpu":
+            form, near = lattice(book.source), book.candidates
+            rest = book.dim, form.low, form.spacing, form.top, book.signs == 2
+            work = groups.numpy()
+            codec.spread(lambda part: snap.entries(work[part], near, *rest), len(work), ROWS, torch.get_num_threads())
+        else:
+            for start in range(0, len(groups), ROWS):
+                groups[start : start + ROWS] = nearest_entries(groups[start : start + ROWS], book)
+        return x
+
+    @torch.no_grad()
+    def take(self, gradient: torch.Tensor, m: torch.Tensor) -> None:
+        """Add to the gradient of `z` from that of the weights [rows, n], where d is multiplied by m [rows, blocks]."""
+        size = (self.step.view(*m.shape, -1) * m[..., None] * self.distance).view(*self.step.shape, 1)
+        self.z.grad.view(*self.step.shape, -1).addcmul_(gradient.view(*self.step.shape, -1), size)
+
+    @torch.no_grad()
+    def moved(self) -> None:
+        """After a step: keep the numbers within reach of the levels, and decode them."""
+        self.z.clamp_(float(self.levels[0]) / self.distance - 0.5, float(self.levels[-1]) / self.distance + 0.5)
+        self.snap()
+
+    def weights(self, m: torch.Tensor) -> torch.Tensor:
+        """Decoded, without offsets: float32 [rows, n], where d is multiplied by m [rows, blocks]."""
+        size = (self.step.view(*m.shape, -1) * m[..., None]).view(*self.step.shape, 1)
+        return (self.points.view(*self.step.shape, -1) * size).view(self.points.shape)
+
+    def codes(self) -> torch.Tensor:
+        """uint8 [rows, n], the numbers of `points` among the levels."""
+        return torch.bucketize(self.points, (self.levels[1:] + self.levels[:-1]) / 2).to(torch.uint8)
+
+
+def encoded(fmt: str, data: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """uint8 bytes of `data`'s shape, with its scales and other codes, uint8 [rows, n]."""
+    form = scales.grid(fmt)
+    assert form is not None
+    rows, n = codes.shape
+    read = scales.read(fmt, data.reshape(rows * n // form.block, -1))
+    by_row = (np.ascontiguousarray(x.reshape(-1, rows, n // form.block).transpose(2, 0, 1)) for x in read)
+    d, dmin, ls, lm = (x.reshape(-1, rows) for x in by_row)
+    out = np.empty_like(data.reshape(rows, -1))
+    kept = scales.Scales(d, dmin, ls, lm, np.ones(rows, np.float32))
+    scales.write(form, kept, np.ascontiguousarray(codes.T), out)
+    return out.reshape(data.shape)
+
+
+def nearest_entries(x: torch.Tensor, book: scales.Book) -> torch.Tensor:
+    """What dynq.kernels.snap.entries does, with every entry looked at: float32 [groups, 8] of the points' own."""
+    entries = torch.from_numpy(lattice(book.source).entries).to(x.device)
+    size = x.abs().view(-1, book.dim)
+    far = torch.addmm((entries**2).sum(1), size, entries.T, alpha=-2)
+    found = entries[far.argmin(1)].view(-1, 8)
+    sign = torch.where(x < 0, -1.0, 1.0)
+    if book.signs == 2:
+        turn = (x.abs() * found).argmin(1, keepdim=True)
+        odd = sign.prod(1, keepdim=True) < 0
+        sign = sign.scatter(1, turn, torch.where(odd, -1.0, 1.0) * sign.gather(1, turn))
+    return found * sign
