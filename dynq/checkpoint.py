@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -117,6 +117,7 @@ class Checkpoint:
         requantized: bool = False,
         packed: dict[str, bytes] | None = None,
         notes: list[str] | None = None,
+        read_matrix: Callable[[str, int], np.ndarray] | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -129,7 +130,7 @@ class Checkpoint:
         self.files = files
         self.packed = packed or {}
         self.notes = notes or []
-        self._read = read
+        self._read, self._read_matrix = read, read_matrix
 
     @property
     def n_weights(self) -> int:
@@ -141,6 +142,22 @@ class Checkpoint:
             raise DynqError(f"{self.path}: there is no tensor {name}")
         with taking_apart(f"{self.path}: tensor {name}"):
             return np.ascontiguousarray(self._read(name), dtype=np.float32)
+
+    def matrices(self, name: str) -> Iterator[np.ndarray]:
+        """The matrices of a tensor, as `read` gives them: of a stack of experts one after the other, else itself."""
+        shape = self.tensors[name].shape
+        if len(shape) != 3:
+            yield self.read(name)
+            return
+        read = self._read_matrix
+        whole = None if read else self.read(name)
+        for i in range(shape[0]):
+            if whole is not None:
+                yield whole[i]
+                continue
+            assert read is not None
+            with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
+                yield np.ascontiguousarray(read(name, i), dtype=np.float32)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -229,7 +246,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
             f"{stored.towers} tensors for images or sound are left out: llama.cpp takes them from a projector file "
             "(mmproj-*.gguf); keep the publisher's beside the result"
         )
-    return Checkpoint(name, path, architecture, metadata, tensors, read, files, notes=notes)
+    return Checkpoint(
+        name, path, architecture, metadata, tensors, read, files, notes=notes, read_matrix=stored.read_matrix
+    )
 
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
@@ -324,16 +343,17 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
             "give the 16-bit original, or allow it with --allow-requantize"
         )
 
-    def read(n: str) -> np.ndarray:
+    def read(n: str, i: int | None = None) -> np.ndarray:
         from dynq import codec  # brings Numba; headers are read without it
 
         tensor = stored[n]
         kind = tensor.tensor_type.name
+        data, shape = (tensor.data, shapes[n]) if i is None else (tensor.data[i], shapes[n][1:])
         if kind in formats.FORMATS:
-            array = codec.dequantize(tensor.data.view(np.uint8), kind).reshape(shapes[n])
+            array = codec.dequantize(data.view(np.uint8), kind).reshape(shape)
         else:
             try:
-                array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[n])
+                array = gguf.quants.dequantize(data, tensor.tensor_type).reshape(shape)
             except NotImplementedError:
                 raise DynqError(f"{path}: tensor {n} has type {kind}, for which there is no decoder") from None
         safetensors_reader.check_finite(array, f"{path}: tensor {n}")
@@ -359,6 +379,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         bool(quantized),
         {key: packed[key] for key in metadata if key in packed and fields[key] is whole[key]},
         notes,
+        read,
     )
 
 

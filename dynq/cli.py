@@ -23,6 +23,8 @@ recipe_app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 
+YES = "Go on where memory or disk are reckoned not to suffice."
+
 EXAMPLES = """
 Examples:
 
@@ -90,9 +92,11 @@ def run(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Make a GGUF of each target size, and prove it: calibrate, measure, allocate, export, evaluate."""
+    from dynq import reckon
     from dynq import run as runner
     from dynq.allocate import parse_pins
     from dynq.folder import RunFolder
@@ -116,8 +120,9 @@ def run(
     tasks = runner.plan(
         _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
     )
-    for note in runner.check_sizes(tasks):
+    for note in runner.check_sizes(tasks, checkpoint := runner.opened(tasks)):
         print(f"dynq: {note}", file=sys.stderr)
+    reckon.of_run(checkpoint, {task.step: task.parameters for task in tasks}, folder).tell(sys.stderr, yes=yes)
     try:
         evaluation = runner.execute(tasks, folder)
     except KeyboardInterrupt:
@@ -154,6 +159,7 @@ def sweep(
     force: Annotated[
         bool, typer.Option("--force", help="Take folders made with other parameters; make anew what they change.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Make GGUFs of many models, targets and seeds, as `dynq run` does, with one summary of all."""
@@ -171,6 +177,7 @@ def sweep(
         raise DynqError(f"{out}: a file, not a folder; choose another --out")
     if any(not step.startswith("run.") for step in folder.state["steps"]):
         raise DynqError(f"{out}: the folder of a single run; choose another --out")
+    sweeping.reckoned(asked, folder).tell(sys.stderr, yes=yes)
     try:
         result = sweeping.run_sweep(asked, folder)
     except KeyboardInterrupt:
@@ -271,6 +278,7 @@ def evaluate(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure GGUF files, whoever made them, against their original as llama-perplexity does: KL divergence first."""
@@ -297,29 +305,32 @@ def evaluate(
     if not paths:
         raise DynqError("no file to measure; give the original and then one or more GGUF files")
 
+    from dynq import reckon
+    from dynq.checkpoint import open_checkpoint
     from dynq.evaluate import files as measure
     from dynq.evaluate.tasks import Asked
     from dynq.report import write_files_report
 
     measure.set_threads(threads)
+    asked = Asked(mmlu or "", mmlu_limit, greedy, where, in_engine)
     try:
         if logits is not None:
             evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine)
         else:
+            original = open_checkpoint(files[0], allow_requantize)
+            settings: dict[str, Any] = {"text": text or "", "n_ctx": ctx_size, "n_chunks": chunks, "threads": threads}
+            reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
+            reckoned.tell(sys.stderr, yes=yes)
             evaluation = measure.against_original(
-                files[0],
+                original,
                 paths,
                 folder,
-                text=text or "",
-                n_ctx=ctx_size,
-                n_chunks=chunks,
                 seed=seed,
                 with_mixes=mixes,
                 imatrix=imatrix,
                 write_logits=write_logits,
-                asked=Asked(mmlu or "", mmlu_limit, greedy, where, in_engine),
-                allow_requantize=allow_requantize,
-                threads=threads,
+                asked=asked,
+                **settings,
             )
     except KeyboardInterrupt:
         print("dynq: interrupted; the same command goes on from here", file=sys.stderr)

@@ -172,7 +172,7 @@ def _check_finite(rows: np.ndarray, part: slice, shape: tuple[int, ...]) -> None
 def spread(work: Callable[[slice], None], rows: int, step: int, threads: int | None) -> None:
     """Call `work` for runs of `step` rows, on `threads` threads (None: all cores); raise the first error."""
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    workers = min(len(parts), threads or _cores())
+    workers = min(len(parts), threads or cores())
     if workers <= 1:
         for part in parts:
             work(part)
@@ -186,7 +186,8 @@ def spread(work: Callable[[slice], None], rows: int, step: int, threads: int | N
             raise
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

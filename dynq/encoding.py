@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dynq import codec
+from dynq import codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.imatrix import Importance
 from dynq.progress import progress
@@ -30,6 +30,16 @@ def encode(
 def quantize_tensor(
     checkpoint: Checkpoint, name: str, fmt: str, importance: Importance | None, level: str, threads: int | None
 ) -> np.ndarray:
-    weights = checkpoint.read(name)
-    mean = importance.mean(name, weights.shape[-1]) if importance is not None else None
-    return codec.quantize(weights, fmt, mean, level=level, threads=threads)
+    """Of a stack of experts one matrix at a time is in memory as weights."""
+    shape = checkpoint.tensors[name].shape
+    mean = importance.mean(name, shape[-1]) if importance is not None else None
+
+    def encoded(weights: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
+        return codec.quantize(weights, fmt, mean, level=level, threads=threads)
+
+    if len(shape) != 3:
+        return encoded(checkpoint.read(name), mean)
+    out = np.empty((*shape[:2], formats.row_bytes(fmt, shape[2])), np.uint8)
+    for i, weights in enumerate(checkpoint.matrices(name)):
+        out[i] = encoded(weights, mean[i] if mean is not None and mean.ndim == 2 else mean)
+    return out

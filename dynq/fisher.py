@@ -27,7 +27,7 @@ One sequence is one safetensors file, or several where it is computed layer by l
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,26 +152,31 @@ def sequence_samples(recorder: Recorder, keep: int, seed: int) -> tuple[dict[str
             out[f"{unit}.g"], out[f"{unit}.slope"] = _unit(g[index])
             parameter, flipped = recorder.units[unit], unit in recorder.flipped
             # blocks lie within rows, so the rows that were looked up are enough of an embedding
-            error = parameter[x] if lookup else parameter.swapaxes(-1, -2) if flipped else parameter
-            moved = _moved(probe_error(error), torch.arange(len(x)) if lookup else x, expert)
+            matrix = parameter[x] if lookup else parameter.swapaxes(-1, -2) if flipped else parameter
+            moved = _moved(matrix, torch.arange(len(x)) if lookup else x, expert, probe_error)
             c = (moved * g).sum(-1).double()
             out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum().square()]).cpu()
     return out, groups
 
 
-def _moved(error: torch.Tensor, x: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
+def _moved(
+    matrix: torch.Tensor,
+    x: torch.Tensor,
+    expert: torch.Tensor | None,
+    error: Callable[[torch.Tensor], torch.Tensor] = lambda matrix: matrix,
+) -> torch.Tensor:
     """``D x_s`` of each token, ``[n, n_out]``; the rows that are looked up, where x holds numbers.
 
-    error: D, ``[n_out, n_in]``, of experts ``[expert, n_out, n_in]``.
+    matrix: ``[n_out, n_in]``, of experts ``[expert, n_out, n_in]``; error: gives D of a matrix, one expert at a time.
     """
     if not x.is_floating_point():
-        return error[x]
+        return error(matrix)[x]
     if expert is None:
-        return x @ error.T
-    out = torch.zeros(len(x), error.shape[-2], dtype=x.dtype, device=x.device)
+        return x @ error(matrix).T
+    out = torch.zeros(len(x), matrix.shape[-2], dtype=x.dtype, device=x.device)
     for e in expert.unique():
         rows = expert == e
-        out[rows] = x[rows] @ error[e].T
+        out[rows] = x[rows] @ error(matrix[e]).T
     return out
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TextIO
 
 import psutil
 
+from dynq import reckon
 from dynq import run as runner
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe, sign
@@ -244,7 +245,9 @@ def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task])
     end = {"state": "done"}
     try:
         if check:
-            runner.check_sizes(check)
+            runner.check_sizes(check, checkpoint := runner.opened(check))
+            steps = {task.step: task.parameters for task in check}
+            reckon.of_run(checkpoint, steps, folder).tell(sys.stderr, yes=True)  # nobody is there to say yes
         for i, task in enumerate(tasks):
             watched.note(at=i, bar="", part=None)
             runner.execute_each([task], folder, stream=watched)  # type: ignore[arg-type]

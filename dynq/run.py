@@ -171,19 +171,27 @@ def is_edited(target: str, folder: RunFolder) -> bool:
     return False
 
 
-def check_sizes(tasks: Iterable[Task]) -> list[str]:
+def opened(tasks: Iterable[Task]) -> "Checkpoint":
+    """The model of a plan."""
+    from dynq.checkpoint import open_checkpoint
+
+    own = next(task.parameters for task in tasks if task.step == "calibrate")
+    return open_checkpoint(own["model"], own["allow_requantize"])
+
+
+def check_sizes(tasks: Iterable[Task], checkpoint: "Checkpoint | None" = None) -> list[str]:
     """DynqError, before any work, where the model or a file is missing, a target too small or a pin fits no tensor.
 
     The targets are allocated once with a table in which nothing costs anything: only the shapes count. Returns what the
-    user should know of how the model is treated.
+    user should know of how the model is treated. checkpoint: the model, where it is `opened` already.
     """
     from pyarrow import Table
 
     from dynq import codec, formats
-    from dynq.checkpoint import open_checkpoint
     from dynq.export import header_bytes
     from dynq.text import check_held_out
 
+    tasks = list(tasks)
     steps = {task.step: task.parameters for task in tasks}
     codec.check_level(steps["sensitivity"]["level"])
     for step, own in steps.items():
@@ -194,7 +202,7 @@ def check_sizes(tasks: Iterable[Task]) -> list[str]:
     for file in steps["evaluate"]["files"]:
         if not Path(file).expanduser().is_file():
             raise DynqError(f"{file}: no such file (files)")
-    checkpoint = open_checkpoint(steps["calibrate"]["model"], steps["calibrate"]["allow_requantize"])
+    checkpoint = checkpoint or opened(tasks)
     # what is only looked up has no inputs, hence no importance
     bare = {"per_layer_token_embd.weight", *(["token_embd.weight"] if "output.weight" in checkpoint.tensors else [])}
     if not checkpoint.architecture.known:

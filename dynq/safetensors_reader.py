@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
@@ -33,7 +33,10 @@ _E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.n
 
 
 class _Readable(Protocol):
-    """A parameter in a checkpoint: where it comes from (for messages), its shape, stored type and values as float32."""
+    """A parameter in a checkpoint: where it comes from (for messages), its shape, stored type and values as float32.
+
+    one: of a stack the i-th matrix, as a stack of one.
+    """
 
     @property
     def where(self) -> str: ...
@@ -42,6 +45,7 @@ class _Readable(Protocol):
     @property
     def dtype(self) -> str: ...
     def load(self) -> np.ndarray: ...
+    def one(self, i: int) -> _Readable: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,9 @@ class _Stored:
     @property
     def n_bytes(self) -> int:
         return prod(self.shape) * np.dtype(_TYPES[self.dtype]).itemsize
+
+    def one(self, i: int) -> _Stored:
+        return replace(self, shape=(1, *self.shape[1:]), offset=self.offset + i * (self.n_bytes // self.shape[0]))
 
     def raw(self) -> np.ndarray:
         return np.fromfile(self.path, _TYPES[self.dtype], prod(self.shape), offset=self.offset).reshape(self.shape)
@@ -124,6 +131,9 @@ class _Scaled:
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    def one(self, i: int) -> _Scaled:
+        return _Scaled(self.codes.one(i), self.scales.one(i), self.tile)
+
     def load(self) -> np.ndarray:
         values, scales = self.codes.load(), self.scales.load()
         for axis, size in zip((-2, -1), self.tile, strict=True):
@@ -160,6 +170,9 @@ class _Mxfp4:
     def shape(self) -> tuple[int, ...]:
         experts, out, groups, half = self.blocks.shape
         return experts, groups * half * 2, out
+
+    def one(self, i: int) -> _Mxfp4:
+        return _Mxfp4(self.blocks.one(i), self.scales.one(i))
 
     def load(self) -> np.ndarray:
         codes = self.blocks.raw()
@@ -331,11 +344,24 @@ class Directory:
             out[i] = self._load(part, name)
         return out
 
+    def read_matrix(self, name: str, i: int) -> np.ndarray:
+        """The i-th matrix of a stack, as `read` gives them all."""
+        slot = self._slots[name]
+        if slot.parameter in self._found:
+            return slot.take(_finite(self._found[slot.parameter].one(i), name))[0]
+        part = self._found[self._names(slot)[i]]
+        _check_shape(part, self.shapes[name][1:], f"the stack {name}")
+        return _finite(part, name)
+
     def _load(self, part: str, name: str) -> np.ndarray:
-        item = self._found[part]
-        array = item.load()
-        check_finite(array, f"{item.where} ({name})")
-        return array
+        return _finite(self._found[part], name)
+
+
+def _finite(item: _Readable, name: str) -> np.ndarray:
+    """Values of what is stored for a GGUF tensor. DynqError if it holds NaN or infinity."""
+    array = item.load()
+    check_finite(array, f"{item.where} ({name})")
+    return array
 
 
 def check_finite(array: np.ndarray, where: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import yaml
 
 import dynq
+from dynq import reckon
 from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
@@ -65,6 +66,23 @@ def read_sweep(path: Path) -> Sweep:
     if "seed" in parameters:
         raise DynqError(f"{path}: write seeds: [{parameters['seed']}], not a parameter seed")
     return Sweep(given["models"], given["targets"], given["seeds"], parameters)
+
+
+def reckoned(sweep: Sweep, folder: RunFolder) -> reckon.Reckoning:
+    """What the runs need that are not done, a line each. Those whose model or parameters are refused are left out."""
+    found: list[reckon.Reckoning] = []
+    lines = []
+    for model, seed, name in sweep.runs():
+        own, values = RunFolder(folder / name, force=folder.force), _values(sweep, seed)
+        try:
+            tasks = runner.plan(model, sweep.targets, own, values)
+            found.append(reckon.of_run(runner.opened(tasks), {t.step: t.parameters for t in tasks}, own))
+        except (DynqError, OSError):
+            continue  # named when its turn comes
+        if found[-1].needs:
+            lines.append(reckon.whole(name, found[-1]))
+    machine = found[0].machine if found else reckon.Machine.here()
+    return reckon.Reckoning(lines, machine, reckon.free_disk(folder.path), {})
 
 
 def run_sweep(sweep: Sweep, folder: RunFolder, *, stream: TextIO | None = None) -> dict[str, Any]:

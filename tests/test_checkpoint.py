@@ -405,3 +405,16 @@ def test_gguf_with_nan(llama: Path, tmp_path: Path) -> None:
     next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data[7, 5] = np.nan
     reader.data.flush()
     refuses(path, r"tensor blk\.1\.ffn_up\.weight holds nan at \[7, 5\]")
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "mixtral"])
+def test_experts_one_at_a_time_are_those_of_the_stack(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "hf"))
+    export(checkpoint, Recipe(dict.fromkeys(checkpoint.tensors, "Q8_0"), "Q8_0", 0, 0.0, None), None, tmp_path / "m.gguf")
+    for opened in (checkpoint, open_checkpoint(tmp_path / "m.gguf", allow_requantize=True)):
+        stacks = [n for n, info in opened.tensors.items() if len(info.shape) == 3]
+        assert len(stacks) in (9, 12)
+        for n in [*stacks, "token_embd.weight"]:
+            whole = opened.read(n)
+            found = list(opened.matrices(n))
+            np.testing.assert_array_equal(np.stack(found) if n in stacks else found[0], whole)

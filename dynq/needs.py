@@ -1,0 +1,396 @@
+"""What each step of a run needs, before it begins: memory, disk, bytes read and time, from shapes and parameters.
+
+Arithmetic on a `Shape`; the docstring of each function has its formula. N are all weights, P those that a token is
+multiplied by, A the values that its products read and give, V the vocabulary, T the tokens of a text, D its domains.
+Constants of time are seconds of one core that multiplies float32 matrices at `CORE` operations a second (a Xeon of
+2023 with AVX-512), measured on dynq-tiny and on a llama of 58 M weights; one matrix product on the machine at hand
+scales them (`Machine.here`). Memory is what comes on top of the idle interpreter. Right to about a factor of two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from dynq import formats, memory
+from dynq.codec import cores
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import Checkpoint, TensorInfo
+
+CORE = 155e9  # operations a second of the core of all that follows
+READ = 1e9  # bytes a second from a disk: a common SSD's half
+LOADED = 4e9  # bytes of weights a second from memory, one thread, where few tokens are multiplied by them
+FORWARD = 2.5e-9  # seconds for each value that a product reads or gives: norms, activations, attention
+PROBE = 3.5e-9  # for each weight and sequence: the cross-token factor's rounding error
+CHOSEN = 60e-9  # for each entry of the vocabulary and token: softmax and labels drawn from it
+HEAD = 40e-9  # for each entry of the vocabulary and sample: the head's exact divergence
+COMPARED = 10e-9  # for each weight and format beside encoder and product: decode, subtract, sum up
+FED_BACK = 0.4e-6  # for each weight that error feedback encodes, tries included
+CALLED = 1.1e-3  # for each layer and step of sampling: what a call costs before it computes
+CACHED = 0.25e-9  # for each byte of keys and values that a step of sampling copies
+STARTED = 8.0  # for each notebook: its process, what it imports, its pictures
+ENCODE = {  # for each weight, `plain` and `search`: 128 x 4096 weights with importance
+    "F32": (0.3e-9, 0.3e-9),
+    "F16": (0.8e-9, 0.8e-9),
+    "BF16": (0.7e-9, 0.7e-9),
+    "Q4_0": (11e-9, 15e-9),
+    "Q4_1": (13e-9, 27e-9),
+    "Q5_0": (10e-9, 14e-9),
+    "Q5_1": (12e-9, 27e-9),
+    "Q8_0": (1.9e-9, 1.9e-9),
+    "Q2_K": (24e-9, 61e-9),
+    "Q3_K": (13e-9, 35e-9),
+    "Q4_K": (17e-9, 50e-9),
+    "Q5_K": (15e-9, 50e-9),
+    "Q6_K": (11e-9, 30e-9),
+    "IQ1_S": (47e-9, 123e-9),
+    "IQ1_M": (41e-9, 127e-9),
+    "IQ2_XXS": (71e-9, 159e-9),
+    "IQ2_XS": (77e-9, 165e-9),
+    "IQ2_S": (48e-9, 150e-9),
+    "IQ3_XXS": (80e-9, 305e-9),
+    "IQ3_S": (60e-9, 209e-9),
+    "IQ4_NL": (31e-9, 68e-9),
+    "IQ4_XS": (34e-9, 83e-9),
+    "TQ1_0": (1.6e-9, 5.7e-9),
+    "TQ2_0": (1.5e-9, 4.8e-9),
+    "MXFP4": (3.3e-9, 3.3e-9),
+    "NVFP4": (6.4e-9, 11e-9),
+    "Q1_0": (1.5e-9, 1.5e-9),
+}
+MIXED = {"plain": 30e-9, "search": 80e-9, "feedback": 80e-9}  # the same of a recipe or mix whose formats are not known
+
+SAMPLED_AT_ONCE = 64  # conversations, `dynq.text`
+PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
+TRIED = 5 * 128  # rows of a tensor that feedback encodes to choose a shrinkage: five of them
+GUARDED = 64  # and for each domain that is left out
+HESSIANS = 8 << 30  # bytes: `layer_inputs.BUDGET`
+F32 = 4
+
+
+class Need(NamedTuple):
+    """What a step needs. memory, kept, passing, read: bytes; kept stays on the disk, passing goes when the step ends.
+
+    flops: operations of matrix products; spent: seconds of a core of `CORE` for all else; begun: seconds that pass
+    whatever the machine. at_once: threads that it can use at most.
+    """
+
+    step: str
+    memory: float
+    kept: float = 0.0
+    passing: float = 0.0
+    read: float = 0.0
+    flops: float = 0.0
+    spent: float = 0.0
+    begun: float = 0.0
+    at_once: int = 1 << 16
+
+    @property
+    def disk(self) -> float:
+        return self.kept + self.passing
+
+    def seconds(self, machine: Machine) -> float:
+        """read / disk's bytes a second + (flops / CORE + spent) x CORE / core's speed / threads + begun."""
+        cores = (self.flops / CORE + self.spent) * CORE / machine.flops
+        return self.read / machine.read + cores / min(machine.threads, self.at_once) + self.begun
+
+
+@dataclass(frozen=True)
+class Machine:
+    """threads; flops: of one of them, a second; memory: bytes that are free; read: bytes a second from its disk."""
+
+    threads: int
+    flops: float
+    memory: float
+    read: float = READ
+
+    @classmethod
+    def here(cls, threads: int = 0) -> Machine:
+        """This machine, measured in about 0.1 s: the best of some products of two matrices of 512 x 512."""
+        rng, best = np.random.default_rng(0), np.inf
+        a, b = rng.normal(size=(2, 512, 512)).astype(np.float32)
+        with threadpool_limits(1):
+            for _ in range(20):
+                start = time.perf_counter()
+                a @ b
+                best = min(best, time.perf_counter() - start)
+        return cls(threads or cores(), 2 * 512**3 / best, memory.available())
+
+
+class Product(NamedTuple):
+    """A matrix, or a stack of experts, that tokens are multiplied by. used: experts that one token passes."""
+
+    name: str
+    rows: int
+    n_in: int
+    experts: int
+    used: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counts of a model. tensors: as a checkpoint has them; used: experts of a stack that a token passes; kv:
+    keys and values of a token in a layer; stored: bytes of the source; known: whether torch runs it here."""
+
+    tensors: Mapping[str, TensorInfo]
+    used: int
+    kv: int
+    stored: float
+    known: bool = True
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Shape:
+        stored = sum(path.stat().st_size for path in checkpoint.files)
+        return cls.from_config(checkpoint.tensors, checkpoint.config, stored, checkpoint.architecture.known)
+
+    @classmethod
+    def from_config(
+        cls, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], stored: float, known: bool = True
+    ) -> Shape:
+        """config: transformers'."""
+        used = int(config.get("num_experts_per_tok") or config.get("top_k_experts") or 1)
+        heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
+        return cls(tensors, used, 2 * heads * int(config.get("head_dim") or 64), stored, known)
+
+    @cached_property
+    def products(self) -> list[Product]:
+        tied = "output.weight" not in self.tensors
+        found = []
+        for name, info in self.tensors.items():
+            if info.quantizable and (name != "token_embd.weight" or tied):
+                count = info.shape[0] if len(info.shape) == 3 else 1
+                found.append(Product(name, info.shape[-2], info.row, count, min(count, self.used)))
+        return found
+
+    @property
+    def n(self) -> int:
+        """N"""
+        return sum(info.n_weights for info in self.tensors.values())
+
+    @cached_property
+    def active(self) -> int:
+        """P"""
+        return sum(p.rows * p.n_in * p.used for p in self.products)
+
+    @cached_property
+    def values(self) -> int:
+        """A"""
+        return sum((p.rows + p.n_in) * p.used for p in self.products)
+
+    @property
+    def vocab(self) -> int:
+        return self.tensors["token_embd.weight"].shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.tensors["token_embd.weight"].row
+
+    @cached_property
+    def layers(self) -> int:
+        return 1 + max((info.layer or 0 for info in self.tensors.values()), default=0)
+
+    @cached_property
+    def ends(self) -> int:
+        """Weights outside of layers."""
+        return sum(info.n_weights for info in self.tensors.values() if info.layer is None)
+
+    @cached_property
+    def layer(self) -> int:
+        """Weights of the largest layer."""
+        sizes: dict[int, int] = {}
+        for info in self.tensors.values():
+            if info.layer is not None:
+                sizes[info.layer] = sizes.get(info.layer, 0) + info.n_weights
+        return max(sizes.values(), default=0)
+
+    @cached_property
+    def largest(self) -> int:
+        """Weights of the largest tensor."""
+        return max(info.n_weights for info in self.tensors.values())
+
+    @cached_property
+    def matrix(self) -> int:
+        """Weights of the largest matrix: of a stack one expert counts."""
+        return max(prod(info.shape[-2:]) for info in self.tensors.values())
+
+    def streamed(self, free: float) -> bool:
+        """Whether layers are read one by one (`dynq.memory.fits`)."""
+        return F32 * self.n > memory.BESIDES * free
+
+    def held(self, free: float) -> float:
+        """Bytes of a model in memory: 4 N, or where it is streamed 4 (its ends + its largest layer)."""
+        return F32 * (self.ends + self.layer if self.streamed(free) else self.n)
+
+    def passes(self, free: float, times: float = 1) -> float:
+        """Bytes read for so many passes: the source once, and where it is streamed each time."""
+        return self.stored * (times if self.streamed(free) else 1)
+
+    def logits(self, tokens: int) -> float:
+        """Bytes of logits, log-probabilities and what is between: 32 for each of V and token."""
+        return 32.0 * self.vocab * tokens
+
+    def forward(self, tokens: float) -> float:
+        """Seconds beside the products of a forward pass: A T FORWARD."""
+        return self.values * tokens * FORWARD
+
+    def encoded(self, fmts: Iterable[str], level: str) -> float:
+        """Seconds to encode every tensor in each of these formats."""
+        at = 0 if level == "plain" else 1
+        sizes: dict[int, int] = {}
+        for info in self.tensors.values():
+            if info.quantizable:
+                sizes[info.row] = sizes.get(info.row, 0) + info.n_weights
+        return sum(
+            size * ENCODE[fmt][at]
+            for row, size in sizes.items()
+            for fmt in dict.fromkeys(formats.usable(name, row) for name in fmts)
+        )
+
+
+def sampled(shape: Shape, step: str, tokens: int, n_ctx: int, *, at_once: int = SAMPLED_AT_ONCE) -> Need:
+    """Text that the model writes.
+
+    Memory: the model + keys and values of all conversations, twice. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for
+    each batch, batches 3 + 2 G / (n_ctx conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P /
+    LOADED) + G x n_ctx / 2 x CACHED x keys and values; 4 P operations a token: half of them for padding.
+    """
+    made = PROMPTS * tokens
+    steps = (3 + 2 * made / (at_once * n_ctx)) * n_ctx / 2
+    cache = F32 * shape.kv * shape.layers * n_ctx / 2
+    return Need(
+        step,
+        memory=F32 * shape.n + 4 * at_once * cache,
+        read=shape.stored,
+        flops=4 * shape.active * made,
+        spent=steps * F32 * shape.active / LOADED + made * cache * CACHED,
+        begun=steps * CALLED * shape.layers,
+    )
+
+
+def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine) -> Need:
+    """Forward, backward, samples.
+
+    Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
+    matrix. Disk: keep x (2 bytes a value + 24 a product) + 8 bytes an input channel, expert and sequence; in passing,
+    streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
+    An expert's probe is made where tokens reached it.
+    """
+    tokens, streamed = chunks * n_ctx, shape.streamed(machine.memory)
+    share = 1 / shape.layers if streamed else 1
+    side_by_side = min(machine.threads, chunks)
+    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.matrix
+    channels = sum(p.n_in * p.experts for p in shape.products)
+    kept = keep * sum(2 * (p.rows + p.n_in) + 24 for p in shape.products) + 8 * chunks * channels
+    return Need(
+        "calibrate",
+        memory=shape.held(machine.memory) + side_by_side * each,
+        kept=kept + 4 * channels,
+        passing=F32 * (shape.layers + 1) * tokens * shape.width if streamed else 0,
+        read=shape.passes(machine.memory, 2),
+        flops=6 * shape.active * tokens,
+        spent=3 * shape.forward(tokens) + chunks * shape.n * PROBE + tokens * shape.vocab * CHOSEN,
+        at_once=side_by_side,
+    )
+
+
+def sensitivity(
+    shape: Shape, fmts: Iterable[str], level: str, keep: int, swaps: int, swap_tokens: int, machine: Machine
+) -> Need:
+    """Every tensor encoded, decoded and multiplied by the samples, in every format; some swaps measured.
+
+    Memory: 20 bytes a weight of the largest tensor + 12 bytes a value of its samples; for swaps the model and
+    logits. Disk in passing: 2 V for each token of the swaps. 2 keep N operations a format (of experts: of one);
+    seconds: encoders + N COMPARED a format + keep V HEAD a format. Each swap is a forward pass.
+    """
+    fmts = list(fmts)
+    swaps = 0 if shape.streamed(machine.memory) else swaps
+    multiplied = sum(p.rows * p.n_in for p in shape.products)
+    passes = (swaps + 1) * swap_tokens if swaps else 0
+    own = 20 * shape.largest + 12 * keep * max(p.rows + p.n_in for p in shape.products)
+    return Need(
+        "sensitivity",
+        memory=max(own, F32 * shape.n + own / 2 + shape.logits(swap_tokens) if swaps else 0),
+        passing=2 * shape.vocab * swap_tokens if swaps else 0,
+        read=shape.stored * (2 if swaps else 1),
+        flops=2 * keep * multiplied * len(fmts) + 2 * shape.active * passes,
+        spent=shape.encoded(fmts, level)
+        + (shape.n * COMPARED + keep * shape.vocab * HEAD) * len(fmts)
+        + shape.forward(passes)
+        + swaps * shape.n / max(1, len(shape.products)) * MIXED["search"],
+    )
+
+
+def export(
+    shape: Shape, step: str, size: float, level: str, tune: int, chunks: int, n_ctx: int, domains: int, machine: Machine
+) -> Need:
+    """Encode, feed back, tune, write.
+
+    size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
+    8 D x row^2 summed over its products (2/3 of `layer_inputs.BUDGET` at most) + (16 D + 60) x the largest row^2;
+    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward. Disk: the file; in passing its
+    parts, and 2 V T of the teacher. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a
+    weight and 4 row^3 for each of 5 tries and D guards; tuning 6 P T a pass.
+    """
+    streamed = shape.streamed(machine.memory) or not shape.known
+    feedback, tune = level == "feedback" and not streamed, 0 if streamed else tune
+    tokens = chunks * n_ctx
+    own = 4.9 * shape.matrix + shape.largest
+    held, flops, spent = own, 0.0, shape.n * MIXED[level]
+    if feedback:
+        fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
+        rows = {p.name: p.rows + TRIED + GUARDED * domains for p in fed}
+        squares = [p.n_in**2 for p in fed]
+        hessians = min(8.0 * domains * sum(squares), max(2 / 3 * HESSIANS, 8.0 * domains * max(squares)))
+        held = F32 * shape.n + hessians + (16 * domains + 60) * max(squares) + own
+        flops += 2 * tokens * (shape.active + sum(squares))
+        flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (5 + domains) * p.n_in**3 for p in fed)
+        spent += shape.forward(tokens) + FED_BACK * sum(rows[p.name] * p.n_in for p in fed)
+    if tune:
+        activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
+        held = max(held, 8.7 * shape.n + 2 * size + F32 * shape.largest + activations)
+        flops += (2 + 6 * tune) * shape.active * tokens
+        spent += (2 + 3 * tune) * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
+        spent += tune * ceil(chunks / 2) * shape.n * COMPARED / 2
+    return Need(
+        step,
+        memory=held,
+        kept=size,
+        passing=(size if feedback else 0) + (2.0 * shape.vocab * tokens if tune else 0),
+        read=shape.stored * (1 + (feedback or tune > 0)) + 2 * size,
+        flops=flops,
+        spent=spent,
+    )
+
+
+def evaluate(
+    shape: Shape, step: str, files: list[float], mixes: int, chunks: int, n_ctx: int, machine: Machine, *, beside: bool
+) -> Need:
+    """Files and mixes against the original.
+
+    files: their bytes; mixes: encoded in memory; beside: whether the original stays there meanwhile. Memory: the
+    original, then 6 N for the other (4 and 2 for its products in bfloat16), or its largest layer where that is too
+    much + logits of n_ctx tokens. Disk in passing: V T (half of the tokens are scored, 2 bytes). 2 P T operations for
+    each of them and the original; seconds: forward + half T V COMPARED, N for each to decode and each mix to encode.
+    """
+    tokens, others = chunks * n_ctx, len(files) + mixes
+    original, second = shape.held(machine.memory), 6.0 * shape.n
+    left = machine.memory - original if beside else machine.memory
+    if F32 * shape.n > memory.BESIDES * left:
+        second = F32 * (shape.ends + shape.layer) + 8.0 * tokens * shape.width
+    return Need(
+        step,
+        memory=(original + second if beside else max(original, second)) + shape.logits(n_ctx),
+        passing=float(shape.vocab * tokens),
+        read=shape.passes(machine.memory, 1 + mixes) + sum(files),
+        flops=2.0 * shape.active * tokens * (1 + others),
+        spent=(shape.forward(tokens) + tokens / 2 * shape.vocab * COMPARED) * (1 + others)
+        + shape.n * (mixes * MIXED["plain"] + others * COMPARED / 2),
+    )

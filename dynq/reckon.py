@@ -1,0 +1,276 @@
+"""The needs of whole commands, beside what there is: shown before anything long begins, refused where it cannot fit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dynq import needs
+from dynq.allocate import candidates, parse_target, target_bytes
+from dynq.errors import DynqError
+from dynq.evaluate.tasks import ANSWER_TOKENS, COST_CHUNKS, COST_GROUPS, Asked
+from dynq.folder import RunFolder, file_safe
+from dynq.needs import Machine, Need, Shape
+from dynq.recipe import Recipe
+from dynq.tables import text_table
+from dynq.text import text_files
+
+if TYPE_CHECKING:
+    from dynq.checkpoint import Checkpoint
+
+LONG = 60.0  # seconds from which on the table is worth its lines
+FAMILIES = 5  # domains of a sampled text: four families of prompts, and documents
+MIXES = 2  # of llama.cpp beside each file
+NEEDED = 0.9  # of the memory reckoned: where that much is not there, it cannot fit
+
+
+@dataclass(frozen=True)
+class Reckoning:
+    """The needs of steps that are still to be done, in order, beside the machine and its free disk.
+
+    instead: step -> what to do where its memory is not there.
+    """
+
+    needs: Sequence[Need]
+    machine: Machine
+    disk: float
+    instead: Mapping[str, str]
+
+    @property
+    def seconds(self) -> float:
+        return sum(need.seconds(self.machine) for need in self.needs)
+
+    @property
+    def memory(self) -> float:
+        return max((need.memory for need in self.needs), default=0.0)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of disk at the most: what the steps before keep, and what one needs in passing."""
+        kept = most = 0.0
+        for need in self.needs:
+            most = max(most, kept + need.disk)
+            kept += need.kept
+        return most
+
+    def table(self) -> str:
+        """A line for each step, and for all."""
+        rows = [(n.step, n.memory, n.disk, n.seconds(self.machine)) for n in self.needs]
+        if len(rows) > 1:
+            rows.append(("in all", self.memory, self.peak, self.seconds))
+        about = f"free: {_size(self.machine.memory)} of memory, {_size(self.disk)} of disk; times within a factor of 2"
+        table = text_table([{"step": s, "memory": _size(m), "disk": _size(d), "time": _time(t)} for s, m, d, t in rows])
+        return f"{table}\n{about}, on {self.machine.threads} threads that nothing else uses"
+
+    def lacks(self) -> str:
+        """What cannot fit, with the numbers, or ""."""
+        for need in self.needs:
+            if NEEDED * need.memory > self.machine.memory:
+                instead = self.instead.get(need.step, "take more memory")
+                return (
+                    f"{need.step} needs about {_size(need.memory)} of memory, {_size(self.machine.memory)} are free; "
+                    f"{instead}, or --yes to go on all the same"
+                )
+        if self.peak > self.disk:
+            return (
+                f"about {_size(self.peak)} of disk are needed, {_size(self.disk)} are free; make room, or --yes to go "
+                "on all the same"
+            )
+        return ""
+
+    def tell(self, stream: TextIO, *, yes: bool = False) -> None:
+        """Print the table where the whole takes over a minute. DynqError where it cannot fit, unless `yes`."""
+        if self.seconds > LONG:
+            stream.write(f"{self.table()}\n")
+            stream.flush()
+        if not yes and (lacks := self.lacks()):
+            raise DynqError(lacks)
+
+
+def of_run(checkpoint: Checkpoint, steps: Mapping[str, Mapping[str, Any]], folder: RunFolder) -> Reckoning:
+    """Of a run: step -> its parameters, as `dynq.run.plan` has them in order. What is done already costs nothing."""
+    first = steps["calibrate"]
+    machine = Machine.here(first["threads"])
+    run = _Run(Shape.of(checkpoint), checkpoint, steps, folder, machine)
+    todo = _to_do(steps, folder)
+    found = [need for step in steps if step in todo for need in run.of(step)]
+    tuning = "take -p tune=0, or more memory"
+    instead = {step: tuning for step, own in steps.items() if step.startswith("export.") and own["tune"]}
+    return Reckoning(found, machine, free_disk(folder.path), {"calibrate": "take fewer --threads"} | instead)
+
+
+def of_evaluation(
+    checkpoint: Checkpoint,
+    files: Sequence[Path],
+    folder: RunFolder,
+    *,
+    text: str,
+    n_ctx: int,
+    n_chunks: int,
+    with_mixes: bool,
+    asked: Asked,
+    threads: int | None = None,
+) -> Reckoning:
+    """Of files beside their original, as `dynq.evaluate.files.against_original` takes them. Those that evaluation.json
+    has, by their size, cost nothing; MMLU is left out, as long as its questions are not read."""
+    machine, disk = Machine.here(threads or 0), free_disk(folder.path)
+    measured = folder.read_json("evaluation.json") if (folder / "evaluation.json").exists() else {}
+    known = {entry.get("file_bytes") for entry in measured.get("files", [])}
+    sizes = [size for path in files if path.is_file() and (size := float(path.stat().st_size)) not in known]
+    if not sizes or not checkpoint.architecture.known:
+        return Reckoning([], machine, disk, {})
+    shape = Shape.of(checkpoint)
+    chunks = n_chunks * max(1, len(text_files(text)))
+    found = []
+    if not text_files(text) and not (folder / "text.json").exists():
+        found.append(needs.sampled(shape, "text", n_chunks * n_ctx, n_ctx))
+    mixes = MIXES * len(sizes) if with_mixes else 0
+    found.append(needs.evaluate(shape, "evaluate", sizes, mixes, chunks, n_ctx, machine, beside=False))
+    if asked.greedy:
+        answers = asked.greedy * ANSWER_TOKENS * (1 + len(sizes))
+        found.append(needs.sampled(shape, "greedy answers", answers, 2 * ANSWER_TOKENS))
+    if asked.where:
+        passes = [0.0] * COST_GROUPS * len(sizes)  # forward passes of one file, a layer restored for each
+        found.append(needs.evaluate(shape, "where", passes, 0, min(COST_CHUNKS, chunks), n_ctx, machine, beside=False))
+    return Reckoning(found, machine, disk, {})
+
+
+def whole(step: str, reckoning: Reckoning) -> Need:
+    """A run as one need: the most memory, all disk that it leaves and needs in passing, all seconds."""
+    kept = sum(need.kept for need in reckoning.needs)
+    return Need(step, reckoning.memory, kept, reckoning.peak - kept, begun=reckoning.seconds)
+
+
+def free_disk(path: Path) -> float:
+    """Bytes that are free where a folder is, or will be."""
+    while not path.exists():
+        path = path.parent
+    return float(shutil.disk_usage(path).free)
+
+
+def _to_do(steps: Mapping[str, Mapping[str, Any]], folder: RunFolder) -> set[str]:
+    """The steps that are not done, with what depends on them. Contents are not compared: that may take minutes."""
+    records = folder.state["steps"]
+    todo: set[str] = set()
+    for step, own in steps.items():
+        record = records.get(step, {})
+        recorded = record.get("parameters", {})
+        same = all(recorded[key] == own[key] for key in recorded.keys() & own.keys())
+        there = all((folder / name).exists() for name in record.get("outputs", {}))
+        if record.get("state") != "done" or not same or not there or todo & _before(step):
+            todo.add(step)
+    return todo
+
+
+def _before(step: str) -> set[str]:
+    """The steps that one depends on, of those that a run may have."""
+    kind, _, target = step.partition(".")
+    order = {"calibrate": [], "sensitivity": ["calibrate"], "allocate": ["calibrate", "sensitivity"]}
+    if kind == "export":
+        return {"calibrate", "sensitivity", f"allocate.{target}"}
+    return set(order[kind]) if kind in order else {"calibrate", "sensitivity"}
+
+
+@dataclass(frozen=True)
+class _Run:
+    shape: Shape
+    checkpoint: Checkpoint
+    steps: Mapping[str, Mapping[str, Any]]
+    folder: RunFolder
+    machine: Machine
+
+    def of(self, step: str) -> Iterable[Need]:
+        kind, own = step.partition(".")[0], self.steps[step]
+        start = Need(step, 0.0, begun=needs.STARTED)
+        return [_sum([start, *getattr(self, f"_{kind}")(step, own)])]
+
+    def _calibrate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
+        if not self.shape.known:
+            return []
+        found = self._text("calibrate", own["text"], own["n_chunks"], own["n_ctx"])
+        found.append(needs.calibrate(self.shape, own["n_chunks"], own["n_ctx"], own["keep"], self.machine))
+        stacks = any(product.experts > 1 for product in self.shape.products)
+        if own["top_up"] and stacks and not own["imatrix"] and not self.shape.streamed(self.machine.memory):
+            found.append(needs.sampled(self.shape, step, own["top_up"] * own["n_ctx"], own["n_ctx"], at_once=8))
+        return found
+
+    def _text(self, split: str, spec: str, n_chunks: int, n_ctx: int) -> list[Need]:
+        if text_files(spec) or self.folder.state["steps"].get(f"{split}-text", {}).get("state") == "done":
+            return []
+        return [needs.sampled(self.shape, split, n_chunks * n_ctx, n_ctx)]
+
+    def _sensitivity(self, step: str, own: Mapping[str, Any]) -> list[Need]:
+        first = self.steps["calibrate"]
+        keep = first["keep"] if self.shape.known else 0
+        swaps = own["n_swaps"] if self.shape.known else 0
+        fmts = candidates(own["formats"], own["profile"])
+        tokens = min(own["swap_chunks"], first["n_chunks"]) * first["n_ctx"]
+        return [needs.sensitivity(self.shape, fmts, own["level"], keep, swaps, tokens, self.machine)]
+
+    def _allocate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
+        from dynq.search import parse_seconds
+
+        if not own["search"]:
+            return []
+        memory = 2 * needs.F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
+        return [Need(step, memory, begun=parse_seconds(own["search"]))]
+
+    def _export(self, step: str, own: Mapping[str, Any]) -> list[Need]:
+        first = self.steps["calibrate"]
+        known = self.shape.known
+        level = own["encoding"] if known else own["encoding"].replace("feedback", "search")
+        domains = len(text_files(first["text"])) or FAMILIES
+        text = first["n_chunks"], first["n_ctx"], domains
+        size = self._bytes(own["target"])
+        found = [needs.export(self.shape, step, size, level, own["tune"] if known else 0, *text, self.machine)]
+        if own["chat"] and known and not self.shape.streamed(self.machine.memory):
+            found.append(needs.sampled(self.shape, step, 2 * 3 * own["n_tokens"], 2 * own["n_tokens"]))
+        return found
+
+    def _bytes(self, target: str) -> float:
+        recipe = self.folder / f"{file_safe(target)}.recipe.json"
+        if recipe.exists():
+            return float(Recipe.load(recipe).tensor_bytes)
+        return float(target_bytes(parse_target(target), self.checkpoint.tensors, self.checkpoint.metadata, True))
+
+    def _evaluate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
+        """Each file beside two mixes and one format throughout; files of others beside two mixes each."""
+        if not self.shape.known:
+            return []
+        found = self._text("evaluate", own["eval_text"], own["eval_chunks"], own["eval_n_ctx"])
+        text = own["eval_chunks"], own["eval_n_ctx"], self.machine
+        sizes = [self._bytes(target) for target in own["targets"]]
+        found.append(needs.evaluate(self.shape, step, sizes, (MIXES + 1) * len(sizes), *text, beside=True))
+        if own["files"]:
+            sizes += [float(Path(file).expanduser().stat().st_size) for file in own["files"]]
+            found.append(needs.evaluate(self.shape, step, sizes, MIXES * len(sizes), *text, beside=False))
+        return found
+
+
+def _sum(parts: Sequence[Need]) -> Need:
+    """Parts of one step, one after the other."""
+    kept = sum(part.kept for part in parts)
+    passing = max(part.passing for part in parts)
+    sums = {name: sum(getattr(part, name) for part in parts) for name in ("read", "flops", "spent", "begun")}
+    at_once = min(part.at_once for part in parts)
+    return Need(parts[0].step, max(part.memory for part in parts), kept, passing, **sums, at_once=at_once)
+
+
+def _size(n: float) -> str:
+    """A size in binary units: "1.4 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1024
+    return f"{n:.3g} TiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
