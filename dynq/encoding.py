@@ -30,16 +30,19 @@ def encode(
 def quantize_tensor(
     checkpoint: Checkpoint, name: str, fmt: str, importance: Importance | None, level: str, threads: int | None
 ) -> np.ndarray:
-    """Of a stack of experts one matrix at a time is in memory as weights."""
+    mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
+    return quantized(checkpoint, name, fmt, mean, level, threads)
+
+
+def quantized(
+    checkpoint: Checkpoint, name: str, fmt: str, mean: np.ndarray | None, level: str, threads: int | None
+) -> np.ndarray:
+    """`codec.quantize` of a tensor; of a stack of experts one matrix at a time is in memory as weights."""
     shape = checkpoint.tensors[name].shape
-    mean = importance.mean(name, shape[-1]) if importance is not None else None
-
-    def encoded(weights: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
-        return codec.quantize(weights, fmt, mean, level=level, threads=threads)
-
     if len(shape) != 3:
-        return encoded(checkpoint.read(name), mean)
+        return codec.quantize(checkpoint.read(name), fmt, mean, level=level, threads=threads)
     out = np.empty((*shape[:2], formats.row_bytes(fmt, shape[2])), np.uint8)
     for i, weights in enumerate(checkpoint.matrices(name)):
-        out[i] = encoded(weights, mean[i] if mean is not None and mean.ndim == 2 else mean)
+        own = mean[i] if mean is not None and mean.ndim == 2 else mean
+        out[i] = codec.quantize(weights, fmt, own, level=level, threads=threads)
     return out

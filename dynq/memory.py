@@ -44,6 +44,11 @@ def fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
     return copies * resident(checkpoint) <= _BESIDES * available()
 
 
+def for_weights(free: float) -> float:
+    """How many bytes of weights may be in memory where so much is free."""
+    return _BESIDES * free
+
+
 def _free() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

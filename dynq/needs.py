@@ -223,7 +223,7 @@ class Shape:
 
     def streamed(self, free: float) -> bool:
         """Whether layers are read one by one (`dynq.memory.fits`)."""
-        return F32 * self.n > memory.BESIDES * free
+        return F32 * self.n > memory.for_weights(free)
 
     def held(self, free: float) -> float:
         """Bytes of a model in memory: 4 N, or where it is streamed 4 (its ends + its largest layer)."""
@@ -383,7 +383,7 @@ def evaluate(
     tokens, others = chunks * n_ctx, len(files) + mixes
     original, second = shape.held(machine.memory), 6.0 * shape.n
     left = machine.memory - original if beside else machine.memory
-    if F32 * shape.n > memory.BESIDES * left:
+    if F32 * shape.n > memory.for_weights(left):
         second = F32 * (shape.ends + shape.layer) + 8.0 * tokens * shape.width
     return Need(
         step,

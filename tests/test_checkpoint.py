@@ -410,7 +410,8 @@ def test_gguf_with_nan(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3moe", "gpt-oss", "mixtral"])
 def test_experts_one_at_a_time_are_those_of_the_stack(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "hf"))
-    export(checkpoint, Recipe(dict.fromkeys(checkpoint.tensors, "Q8_0"), "Q8_0", 0, 0.0, None), None, tmp_path / "m.gguf")
+    recipe = Recipe(dict.fromkeys(checkpoint.tensors, "Q8_0"), "Q8_0", 0, 0.0, None)
+    export(checkpoint, recipe, None, tmp_path / "m.gguf")
     for opened in (checkpoint, open_checkpoint(tmp_path / "m.gguf", allow_requantize=True)):
         stacks = [n for n, info in opened.tensors.items() if len(info.shape) == 3]
         assert len(stacks) in (9, 12)

@@ -117,9 +117,9 @@ def test_experts_in_float8_one_by_one_and_stacked(tmp_path: Path) -> None:
         whole["model.layers.2.mlp.experts.down_proj_scale_inv"] = torch.stack([state[f"{n}_scale_inv"] for n in names])
         return {n: t for n, t in state.items() if n.removesuffix("_scale_inv") not in names} | whole
 
-    assert np.array_equal(
-        open_checkpoint(change(directory, stacked)).read("blk.2.ffn_down_exps.weight"), torch.stack(wanted).numpy()
-    )
+    together = open_checkpoint(change(directory, stacked))
+    assert np.array_equal(together.read("blk.2.ffn_down_exps.weight"), torch.stack(wanted).numpy())
+    assert np.array_equal(np.stack(list(together.matrices("blk.2.ffn_down_exps.weight"))), torch.stack(wanted).numpy())
 
 
 def without(name: str) -> Callable[[State], State]:
@@ -192,6 +192,7 @@ def test_mxfp4(gpt_oss: Path) -> None:
         assert torch.equal(model.get_parameter(name), theirs)
     gates = checkpoint.read("blk.1.ffn_gate_exps.weight")
     assert checkpoint.tensors["blk.1.ffn_gate_exps.weight"].dtype == "MXFP4"
+    assert np.array_equal(np.stack(list(checkpoint.matrices("blk.1.ffn_gate_exps.weight"))), gates)
     magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     blocks, scales = stored[f"{EXPERTS}_blocks"].numpy(), stored[f"{EXPERTS}_scales"].numpy()
     for expert, row, column in [(0, 0, 0), (3, 5, 33), (5, 159, 127), (2, 80, 64), (4, 7, 94)]:
