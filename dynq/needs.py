@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
 
 CORE = 155e9  # operations a second of the core of all that follows
-READ = 1e9  # bytes a second from a disk: a common SSD's half
+READ = 0.8e9  # bytes a second of BF16 that one thread reads, widens and looks through: less than a common SSD gives
 LOADED = 4e9  # bytes of weights a second from memory, one thread, where few tokens are multiplied by them
 FORWARD = 2.5e-9  # seconds for each value that a product reads or gives: norms, activations, attention
 PROBE = 3.5e-9  # for each weight and sequence: the cross-token factor's rounding error
@@ -73,6 +74,7 @@ PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut
 TRIED = 5 * 128  # rows of a tensor that feedback encodes to choose a shrinkage: five of them
 GUARDED = 64  # and for each domain that is left out
 HESSIANS = 8 << 30  # bytes: `layer_inputs.BUDGET`
+MULTIPLIED = 30  # products by which a machine is measured
 F32 = 4
 
 
@@ -114,19 +116,25 @@ class Machine:
 
     @classmethod
     def here(cls, threads: int = 0) -> Machine:
-        """This machine, measured in about 0.1 s: the best of some products of two matrices of 512 x 512."""
-        rng, best = np.random.default_rng(0), np.inf
-        a, b = rng.normal(size=(2, 512, 512)).astype(np.float32)
-        with threadpool_limits(1):
-            for _ in range(20):
-                start = time.perf_counter()
+        """This machine as it is now, measured in about 0.1 s: products of matrices of 512 x 512 on all threads at once,
+        which run slower together than one alone."""
+        threads = threads or cores()
+        a, b = np.random.default_rng(0).normal(size=(2, 512, 512)).astype(np.float32)
+
+        def multiply(_: int) -> None:
+            for _ in range(MULTIPLIED):
                 a @ b
-                best = min(best, time.perf_counter() - start)
-        return cls(threads or cores(), 2 * 512**3 / best, memory.available())
+
+        with threadpool_limits(1), ThreadPoolExecutor(threads) as workers:
+            list(workers.map(multiply, range(threads)))  # the first time threads begin and clocks rise
+            start = time.perf_counter()
+            list(workers.map(multiply, range(threads)))
+            spent = time.perf_counter() - start
+        return cls(threads, MULTIPLIED * 2 * 512**3 / spent, memory.available())
 
 
 class Product(NamedTuple):
-    """A matrix, or a stack of experts, that tokens are multiplied by. used: experts that one token passes."""
+    """A matrix, or a stack, that tokens are multiplied by. used: matrices of it that one token passes."""
 
     name: str
     rows: int
@@ -167,7 +175,8 @@ class Shape:
         for name, info in self.tensors.items():
             if info.quantizable and (name != "token_embd.weight" or tied):
                 count = info.shape[0] if len(info.shape) == 3 else 1
-                found.append(Product(name, info.shape[-2], info.row, count, min(count, self.used)))
+                used = min(count, self.used) if "_exps" in name else count  # DeepSeek's k_b and v_b are stacks of heads
+                found.append(Product(name, info.shape[-2], info.row, count, used))
         return found
 
     @property
@@ -184,6 +193,11 @@ class Shape:
     def values(self) -> int:
         """A"""
         return sum((p.rows + p.n_in) * p.used for p in self.products)
+
+    @cached_property
+    def probed(self) -> int:
+        """Weights of the largest matrix whose rounding error calibration looks at: not the head's."""
+        return max(p.rows * p.n_in for p in self.products if p.name not in ("output.weight", "token_embd.weight"))
 
     @property
     def vocab(self) -> int:
@@ -279,14 +293,14 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     """Forward, backward, samples.
 
     Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
-    matrix. Disk: keep x (2 bytes a value + 24 a product) + 8 bytes an input channel, expert and sequence; in passing,
-    streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
-    An expert's probe is made where tokens reached it.
+    matrix in a layer. Disk: keep x (2 bytes a value + 24 a product) + 8 bytes an input channel, expert and sequence; in
+    passing, streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for each sequence +
+    T V CHOSEN. An expert's probe is made where tokens reached it.
     """
     tokens, streamed = chunks * n_ctx, shape.streamed(machine.memory)
     share = 1 / shape.layers if streamed else 1
     side_by_side = min(machine.threads, chunks)
-    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.matrix
+    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.probed
     channels = sum(p.n_in * p.experts for p in shape.products)
     kept = keep * sum(2 * (p.rows + p.n_in) + 24 for p in shape.products) + 8 * chunks * channels
     return Need(

@@ -160,18 +160,11 @@ def _to_do(steps: Mapping[str, Mapping[str, Any]], folder: RunFolder) -> set[str
         recorded = record.get("parameters", {})
         same = all(recorded[key] == own[key] for key in recorded.keys() & own.keys())
         there = all((folder / name).exists() for name in record.get("outputs", {}))
-        if record.get("state") != "done" or not same or not there or todo & _before(step):
+        kind, _, target = step.partition(".")
+        before = {"calibrate", "sensitivity", f"allocate.{target}"} if kind in ("allocate", "export") else todo
+        if record.get("state") != "done" or not same or not there or todo & before:
             todo.add(step)
     return todo
-
-
-def _before(step: str) -> set[str]:
-    """The steps that one depends on, of those that a run may have."""
-    kind, _, target = step.partition(".")
-    order = {"calibrate": [], "sensitivity": ["calibrate"], "allocate": ["calibrate", "sensitivity"]}
-    if kind == "export":
-        return {"calibrate", "sensitivity", f"allocate.{target}"}
-    return set(order[kind]) if kind in order else {"calibrate", "sensitivity"}
 
 
 @dataclass(frozen=True)
@@ -198,7 +191,9 @@ class _Run:
         return found
 
     def _text(self, split: str, spec: str, n_chunks: int, n_ctx: int) -> list[Need]:
-        if text_files(spec) or self.folder.state["steps"].get(f"{split}-text", {}).get("state") == "done":
+        made = self.folder.state["steps"].get(f"{split}-text", {})
+        settings = {"n_ctx": n_ctx, "n_chunks": n_chunks}
+        if text_files(spec) or (made.get("state") == "done" and settings.items() <= made["parameters"].items()):
             return []
         return [needs.sampled(self.shape, split, n_chunks * n_ctx, n_ctx)]
 
@@ -262,7 +257,7 @@ def _sum(parts: Sequence[Need]) -> Need:
 def _size(n: float) -> str:
     """A size in binary units: "1.4 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1000:
+        if n < 999.5:
             return f"{n:.3g} {unit}"
         n /= 1024
     return f"{n:.3g} TiB"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="dynq-tiny")
     parser.add_argument("--random", help="a random llama instead, WIDTHxLAYERS")
     parser.add_argument("-p", action="append", default=[], help="NAME=VALUE, as for `dynq run`")
+    parser.add_argument("--flops", type=float, help="of an idle core; measured without, which wants an idle machine")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="dynq-needs-") as place:
         folder = RunFolder(Path(place) / "run")
@@ -99,6 +101,7 @@ def main() -> None:
         texts = dict(item.split("=", 1) for item in given.p) | {"threads": "1"}
         steps = {t.step: t.parameters for t in runner.plan(model, [TARGET], folder, texts=texts)}
         reckoned = reckon.of_run(open_checkpoint(model), steps, folder)
+        idle_core = replace(reckoned.machine, flops=given.flops or reckoned.machine.flops)
         command = [
             sys.executable,
             "-m",
@@ -127,7 +130,7 @@ def main() -> None:
     for need in reckoned.needs:
         own = taken[need.step.partition(".")[0]]
         pairs = [(need.memory / 2**20, (own["memory"] - idle) / 2**20), (need.disk / 2**20, own["disk"] / 2**20)]
-        pairs.append((need.seconds(reckoned.machine), own["time"]))
+        pairs.append((need.seconds(idle_core), own["time"]))
         shown = [f"{a:8.1f} / {b:8.1f} = {a / b if b > 1 else float('nan'):4.2f}" for a, b in pairs]
         print(f"{need.step.partition('.')[0]:<12} {'  '.join(shown)}")
 

@@ -1,0 +1,272 @@
+"""docs/scale.md: a mixture of 671 billion weights on eight cards and on 32 workers, on paper.
+
+    python docs/scale.py    # writes scale.md beside this file; tests/test_scale.py compares the two
+
+The shapes are DeepSeek V3's, by its config.json, through the architecture's own names; the needs of each step are those
+that `dynq run` is reckoned by (`dynq.needs`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+
+import torch
+import transformers
+
+from dynq import architectures, needs
+from dynq.allocate import candidates
+from dynq.checkpoint import TensorInfo
+from dynq.needs import CORE, MIXED, Machine, Need, Shape
+
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "intermediate_size": 18432,
+    "vocab_size": 129280,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_group": 8,
+    "topk_group": 4,
+    "tie_word_embeddings": False,
+}
+CHUNKS, N_CTX, KEEP, EVAL_CHUNKS, BPW = 32, 512, 1024, 16, 3.5
+CONTENDERS, MIXES = 4, 3  # the file, two mixes, one format throughout
+CARD = 5.4e12  # operations a second of calibration on one H100 (LOG, "Devices and memory")
+CARD_PRODUCTS = 28.0  # sensitivity's products on one H100, times those of 16 cores (the same)
+UNPACKED = 6e-9  # seconds for each weight in float8 that is read: its reader has one thread
+MANY = 0.5  # of a core's speed alone is left where 16 of a processor compute: 0.86 TFLOP/s in calibration (the same)
+
+
+@dataclass(frozen=True)
+class Place:
+    """hosts with so many cores each, cards in all; read: bytes a second of one host; memory: bytes of one host."""
+
+    name: str
+    hosts: int
+    cores: int
+    cards: int
+    read: float
+    memory: float
+
+    @property
+    def rate(self) -> float:
+        """Reference cores in all."""
+        return self.hosts * self.cores * MANY
+
+
+CARDS = Place("8 cards", 1, 128, 8, 4e9, 1e12)
+WORKERS = Place("32 workers", 32, 16, 0, 1e9, 64e9)
+
+
+def shape() -> Shape:
+    """DeepSeek V3 without the layer that predicts further tokens, its products in float8."""
+    architecture = architectures.for_config(CONFIG)
+    with torch.device("meta"):
+        config = transformers.CONFIG_MAPPING["deepseek_v3"].from_dict(architecture.config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    there = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {
+        name: TensorInfo(name, slot.shape(tuple(there[slot.parameter].shape)), "")
+        for name, slot in architecture.slots.items()
+        if slot.parameter in there
+    }
+    stored = sum(i.n_weights * (1 if i.quantizable and i.layer is not None else 2) for i in tensors.values())
+    return Shape.from_config(tensors, architecture.config, stored)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A step in a place. read: bytes of all hosts together, apiece: of the one that reads most."""
+
+    step: str
+    read: float
+    apiece: float
+    flops: float
+    reading: float
+    unpacking: float
+    computing: float
+
+    @property
+    def hours(self) -> float:
+        """One after the other, as `layerwise` does it on a processor."""
+        return (self.reading + self.unpacking + self.computing) / 3600
+
+    @property
+    def bound(self) -> str:
+        parts = {"reading": self.reading, "unpacking": self.unpacking, "computing": self.computing}
+        return max(parts, key=lambda name: parts[name])
+
+
+def lines(model: Shape, place: Place) -> list[Line]:
+    machine = Machine(1, CORE, place.memory)
+    size = BPW / 8 * model.n
+    named = {
+        "calibrate": needs.calibrate(model, CHUNKS, N_CTX, KEEP, machine),
+        "sensitivity": needs.sensitivity(model, candidates([], "all"), "plain", KEEP, 0, 0, machine),
+        "export": needs.export(model, "export", size, "search", 0, CHUNKS, N_CTX, 1, machine),
+        "evaluate": needs.evaluate(model, "evaluate", [size], MIXES, EVAL_CHUNKS, N_CTX, machine, beside=False),
+    }
+    return [_line(step, need, model, place, size) for step, need in named.items()]
+
+
+def _line(step: str, need: Need, model: Shape, place: Place, size: float) -> Line:
+    # calibration and evaluation are split by sequences, every host reads all layers; the others by tensors
+    sequences = {"calibrate": CHUNKS, "evaluate": EVAL_CHUNKS}.get(step, 0)
+    hosts = min(place.hosts, sequences) if sequences else place.hosts
+    apiece = need.read if sequences else model.stored / hosts + (2 * size if step == "export" else 0)
+    read = need.read * hosts if sequences else model.stored + (2 * size if step == "export" else 0)
+    cores = need.flops / CORE + need.spent
+    computing = cores / (hosts * place.cores * MANY)
+    if step == "evaluate":  # each host encodes the mixes for itself
+        encoding = MIXES * MIXED["plain"] * model.n
+        computing = (cores - encoding) / (hosts * place.cores * MANY) + encoding / (place.cores * MANY)
+    if place.cards and step == "calibrate":
+        computing = need.flops / (place.cards * CARD)
+    if place.cards and step == "sensitivity":
+        products = need.flops / CORE
+        computing = (cores - products) / place.rate + products / (16 * MANY * CARD_PRODUCTS * place.cards)
+    unpacking = UNPACKED * (apiece - {"export": 2 * size, "evaluate": size}.get(step, 0.0))
+    return Line(step, read, apiece, need.flops, apiece / place.read, unpacking, computing)
+
+
+def table(model: Shape, place: Place) -> str:
+    rows = ["| step | read in all | by one host | operations | reading | unpacking | computing | hours | bound by |"]
+    rows.append("|---|--:|--:|--:|--:|--:|--:|--:|---|")
+    found = lines(model, place)
+    for line in found:
+        rows.append(
+            f"| {line.step} | {line.read / 1e12:.2f} TB | {line.apiece / 1e12:.2f} TB | {line.flops:.1e} "
+            f"| {line.reading / 3600:.2f} h | {line.unpacking / 3600:.2f} h | {line.computing / 3600:.2f} h "
+            f"| {line.hours:.2f} | {line.bound} |"
+        )
+    total, longest = sum(line.hours for line in found), max(found, key=lambda line: line.hours)
+    rows.append(
+        f"| in all | {sum(line.read for line in found) / 1e12:.2f} TB | | | | | | **{total:.1f}** | {longest.step} |"
+    )
+    return "\n".join(rows)
+
+
+def memory(model: Shape, place: Place) -> dict[str, float]:
+    """Bytes that one host holds: a sequence at a time in calibration, a stack of experts in sensitivity."""
+    machine = Machine(1, CORE, place.memory)
+    size = BPW / 8 * model.n
+    return {
+        "calibrate": needs.calibrate(model, 1, N_CTX, KEEP, machine).memory,
+        "sensitivity": needs.sensitivity(model, ["Q4_K"], "plain", KEEP, 0, 0, machine).memory,
+        "export": needs.export(model, "export", size, "search", 0, 1, N_CTX, 1, machine).memory,
+        "evaluate": needs.evaluate(model, "evaluate", [size], 0, 1, N_CTX, machine, beside=False).memory,
+    }
+
+
+def page() -> str:
+    model = shape()
+    tokens, encoders = CHUNKS * N_CTX, model.encoded(candidates([], "all"), "plain")
+    held = memory(model, WORKERS)
+    experts = [p for p in model.products if "_exps" in p.name]
+    stack = experts[0].experts * experts[0].rows * experts[0].n_in
+    sums = {place: sum(line.hours for line in lines(model, place)) for place in (CARDS, WORKERS)}
+    longest = {place: max(lines(model, place), key=lambda line: line.hours) for place in (CARDS, WORKERS)}
+    reckoned = needs.calibrate(model, CHUNKS, N_CTX, KEEP, Machine(1, CORE, WORKERS.memory))
+    text = f"""\
+# 671 billion weights, on paper
+
+Nothing here was run. `docs/scale.py` writes this page from the shapes of DeepSeek V3 (its config.json) and the
+functions that `dynq run` is reckoned by (`dynq/needs.py`); a test compares the two.
+
+## The model
+
+- {model.layers} layers, {len(experts) // 3} of them with {experts[0].experts} experts of three matrices
+  {experts[0].rows} x {experts[0].n_in}: {len(experts)} stacks of
+  {experts[0].experts} x {experts[0].rows} x {experts[0].n_in} = {stack:,} weights.
+- N = {model.n:,} weights, of which a token meets P = {model.active:,} ({model.used} experts a layer, the
+  head included).
+- As published, matrices in float8: {model.stored / 1e9:.0f} GB. A layer in float32: 4 x {model.layer:,} =
+  {4 * model.layer / 1e9:.1f} GB; embedding and head {4 * model.ends / 1e9:.1f} GB.
+
+## The run
+
+{CHUNKS} sequences of {N_CTX} tokens of the user's text, T = {tokens:,}; {KEEP} samples a layer; the
+{len(candidates([], "all"))} candidates; one file of {BPW} bits a weight =
+{BPW / 8 * model.n / 1e9:.0f} GB, encoded by `search`; evaluated on {EVAL_CHUNKS} sequences beside two mixes and
+one format throughout. The model fits into neither place as a whole, so there is no feedback, no tuning and no
+measured swap, and text must be given.
+
+- **calibrate**: 6 P T = 6 x {model.active / 1e9:.1f}e9 x {tokens:,} = {6 * model.active * tokens:.1e}
+  operations, forward, backward and the cross-token factor.
+  All layers are read twice. {CHUNKS} sequences' samples take
+  {reckoned.kept / 1e9:.0f} GB of disk, most of it the sums of inputs of each expert and sequence; inputs and
+  gradients of layers {reckoned.passing / 1e9:.0f} GB in passing.
+- **sensitivity**: every tensor is encoded in every candidate, {encoders / model.n * 1e9:.0f} ns a weight in all
+  on one core: {encoders / 3600:.0f} core hours. Products with samples are
+  {needs.sensitivity(model, candidates([], "all"), "plain", KEEP, 0, 0, Machine(1, CORE, 1)).flops:.1e}
+  operations: a sample meets one expert of a stack.
+- **export**: {MIXED["search"] * 1e9:.0f} ns a weight; the file is written and read back by one host.
+- **evaluate**: 2 P T for the original and {CONTENDERS} others; {MIXES} of them are encoded in memory, as often
+  as a host reads them.
+
+A core is one of a Xeon of 2023 with AVX-512, {CORE / 1e9:.0f} GFLOP/s alone, of which {MANY} are left where 16
+compute. Reading, unpacking and computing are added up: on a processor one follows the other.
+Float8 is unpacked by one thread of a host, {UNPACKED * 1e9:.0f} ns a weight.
+
+## Eight cards
+
+One host with 8 H100, {CARDS.cores} cores and {CARDS.memory / 1e12:.0f} TB of memory, disks of
+{CARDS.read / 1e9:.0f} GB/s. Calibration at {CARD / 1e12} TFLOP/s a card, as measured on one (choosing samples,
+on the processor, takes most of it); sensitivity's products {CARD_PRODUCTS:.0f} times as fast as on 16 cores.
+Encoders are counted on the processor, evaluation too.
+
+@cards@
+
+## 32 workers
+
+Each 16 cores, {WORKERS.memory / 1e9:.0f} GB of memory and {WORKERS.read / 1e9:.0f} GB/s from a shared store,
+which must give {WORKERS.hosts * WORKERS.read / 1e9:.0f} GB/s to all.
+Tensors are tasks in sensitivity and export. In
+calibration and evaluation sequences are: each worker has one and reads all layers, so the same bytes travel
+{WORKERS.hosts} (evaluation: {EVAL_CHUNKS}) times.
+
+@workers@
+
+## What bounds it
+
+- On the cards {longest[CARDS].step} takes longest, {longest[CARDS].hours:.1f} of {sums[CARDS]:.1f} hours, bound
+  by {longest[CARDS].bound}; on the workers {longest[WORKERS].step}, {longest[WORKERS].hours:.1f} of
+  {sums[WORKERS]:.1f}, bound by {longest[WORKERS].bound}.
+- Arithmetic of the model is nowhere the bound: {6 * model.active * tokens:.1e} operations are
+  {6 * model.active * tokens / (8 * CARD):.0f} s of eight cards.
+- Memory of a worker that has one sequence or one tensor: calibrate {held["calibrate"] / 1e9:.0f} GB (a layer
+  and both ends in float32 are {4 * (model.layer + model.ends) / 1e9:.0f} of it), sensitivity
+  {held["sensitivity"] / 1e9:.0f} GB (20 bytes a weight of a stack of experts), export
+  {held["export"] / 1e9:.0f} GB (experts one at a time), evaluate {held["evaluate"] / 1e9:.0f} GB.
+  **Sensitivity does not fit into {WORKERS.memory / 1e9:.0f} GB** until it, too, takes experts one at a time.
+"""
+    return _filled(text).replace("@cards@", table(model, CARDS)).replace("@workers@", table(model, WORKERS))
+
+
+def _filled(text: str) -> str:
+    """Paragraphs and items of lists in lines of 110 characters, however long their numbers are."""
+    out: list[str] = []
+    for block in text.strip().split("\n\n"):
+        items = [" ".join(item.split()) for item in re.split(r"\n(?=- )", block)]
+        indents = ["  " if item.startswith("- ") else "" for item in items]
+        lines = [fill(i, 110, subsequent_indent=x, break_on_hyphens=False) for i, x in zip(items, indents, strict=True)]
+        out.append("\n".join(lines))
+    return "\n\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page())

@@ -1,0 +1,175 @@
+"""What steps are reckoned to need: by hand for a few tensors, and beside what a small run takes."""
+
+import ctypes
+import gc
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+
+from dynq import codec, needs
+from dynq.calibrate import calibrate
+from dynq.checkpoint import TensorInfo, open_checkpoint
+from dynq.export import export
+from dynq.needs import CORE, Machine, Need, Shape
+from dynq.recipe import Recipe
+from dynq.sensitivity import sensitivity
+from dynq.torch_model import load_model
+
+SHAPES = {
+    "token_embd.weight": (100, 64),
+    "blk.0.attn_q.weight": (64, 64),
+    "blk.0.ffn_up.weight": (128, 64),
+    "blk.0.ffn_norm.weight": (64,),
+    "blk.1.ffn_up_exps.weight": (4, 32, 64),
+    "output.weight": (100, 64),
+}
+N = 2 * 6400 + 4096 + 8192 + 64 + 8192
+P = 4096 + 8192 + 2 * 2048 + 6400
+A = 128 + 192 + 2 * 96 + 164
+LARGE = Machine(4, CORE, 1e12)
+
+
+def shape(tied: bool = False) -> Shape:
+    """Two of four experts are used; 4 keys and values of 8."""
+    tensors = {n: TensorInfo(n, s, "BF16") for n, s in SHAPES.items() if not (tied and n == "output.weight")}
+    return Shape.from_config(tensors, {"num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 8}, 2.0 * N)
+
+
+def test_what_counts_of_a_model() -> None:
+    own = shape()
+    assert (own.n, own.active, own.values) == (N, P, A)
+    assert (own.vocab, own.width, own.layers, own.kv) == (100, 64, 2, 64)
+    assert own.ends == 2 * 6400 and own.layer == 4096 + 8192 + 64
+    assert own.largest == 8192 and own.matrix == 8192 and own.probed == 8192
+    assert shape(tied=True).active == P  # the embedding is the head then
+    heads = Shape({"blk.0.attn_k_b.weight": TensorInfo("blk.0.attn_k_b.weight", (16, 8, 4), "BF16")}, 2, 0, 0)
+    assert heads.active == 16 * 8 * 4  # a stack of heads, not of experts
+
+
+def test_calibrate_by_hand() -> None:
+    need = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=LARGE)
+    each = 8 * 10 * A + 32 * 100 * 10 + 12 * 8192
+    assert need.memory == 4 * N + 3 * each and need.at_once == 3
+    channels = 64 + 64 + 4 * 64 + 64
+    values = 128 + 192 + 96 + 164
+    assert need.kept == 5 * (2 * values + 4 * 24) + 8 * 3 * channels + 4 * channels and need.passing == 0
+    assert need.read == 2 * N and need.flops == 6 * P * 30
+    spent = 3 * A * 30 * needs.FORWARD + 3 * N * needs.PROBE + 30 * 100 * needs.CHOSEN
+    assert need.spent == pytest.approx(spent)
+    assert need.seconds(LARGE) == pytest.approx((6 * P * 30 / CORE + spent) / 3 + 2 * N / LARGE.read)
+    twice = Machine(4, CORE / 2, 1e12)
+    assert need.seconds(twice) == pytest.approx(2 * (6 * P * 30 / CORE + spent) / 3 + 2 * N / LARGE.read)
+
+
+def test_layer_by_layer_by_hand() -> None:
+    """No room for 4 N: a layer and both ends are held, everything is read twice, inputs of layers go to the disk."""
+    small = Machine(1, CORE, 4 * N)
+    assert shape().streamed(small.memory) and not shape().streamed(8 * N)
+    need = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=small)
+    held = 4 * (2 * 6400 + 4096 + 8192 + 64)
+    assert need.memory == held + 8 * 10 * A / 2 + 32 * 100 * 10 + 12 * 8192
+    assert need.read == 4 * N and need.passing == 4 * 3 * 30 * 64
+
+
+def test_sensitivity_by_hand() -> None:
+    need = needs.sensitivity(shape(), ["Q8_0", "Q4_0"], "search", 5, 3, 20, LARGE)
+    own = 20 * 8192 + 12 * 5 * 192
+    assert need.memory == 4 * N + own / 2 + 32 * 100 * 20
+    assert need.passing == 2 * 100 * 20
+    multiplied = 4096 + 8192 + 2048 + 6400
+    assert need.flops == 2 * 5 * multiplied * 2 + 2 * P * 4 * 20
+    encoders = (N - 64) * (needs.ENCODE["Q8_0"][1] + needs.ENCODE["Q4_0"][1])
+    swaps = A * 80 * needs.FORWARD + 3 * N / 4 * needs.MIXED["search"]
+    assert need.spent == pytest.approx(encoders + 2 * (N * needs.COMPARED + 5 * 100 * needs.HEAD) + swaps)
+    assert needs.sensitivity(shape(), ["Q8_0"], "plain", 5, 3, 20, Machine(1, CORE, 4 * N)).memory == own  # no swaps
+
+
+def test_export_by_hand() -> None:
+    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 10, 2, LARGE)
+    assert plain.memory == 4.9 * 8192 + 8192 and (plain.kept, plain.passing, plain.flops) == (1000, 0, 0)
+    assert plain.spent == pytest.approx(N * needs.MIXED["search"])
+    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, LARGE)
+    squares = 3 * 64**2  # of three layers; experts are not fed back
+    assert fed.memory == 4 * N + 8 * 2 * squares + (16 * 2 + 60) * 64**2 + plain.memory
+    assert fed.passing == 1000
+    rows = [64 + 768, 128 + 768, 100 + 768]
+    assert fed.flops == 2 * 30 * (P + squares) + sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows)
+    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
+    assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10)
+    assert tuned.passing == 2 * 100 * 30 and tuned.flops == 14 * P * 30
+    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 10, 2, Machine(1, CORE, 4 * N))
+    assert (streamed.memory, streamed.passing) == (plain.memory, 0)  # neither feedback nor tuning
+
+
+def test_evaluate_by_hand() -> None:
+    need = needs.evaluate(shape(), "evaluate", [1000.0], 2, 3, 10, LARGE, beside=True)
+    assert need.memory == 10 * N + 32 * 100 * 10 and need.passing == 100 * 30
+    assert need.flops == 2 * P * 30 * 4 and need.read == 2 * N + 1000
+    assert needs.evaluate(shape(), "e", [1000.0], 2, 3, 10, LARGE, beside=False).memory == 6 * N + 32 * 100 * 10
+    tight = needs.evaluate(shape(), "e", [1000.0], 0, 3, 10, Machine(1, CORE, 6 * N), beside=True)
+    layer = 4 * (2 * 6400 + 4096 + 8192 + 64) + 8 * 30 * 64
+    assert tight.memory == 4 * N + layer + 32 * 100 * 10  # the original is there, the other is read layer by layer
+
+
+def test_machine_is_measured_within_a_second() -> None:
+    machine = Machine.here(2)
+    assert machine.threads == 2 and 1e8 < machine.flops < 1e13 and machine.memory > 0
+    assert Need("waits", 0, begun=3.0).seconds(machine) == 3.0
+
+
+def _own_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+class Peak:
+    """The most that the process held inside of a with block, above what it held before."""
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else what a step before has let go of is taken again, unseen
+        self.bytes, self._before, self._end = 0, _own_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.002):
+            self.bytes = max(self.bytes, _own_bytes() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read where Linux tells it")
+def test_a_small_run_takes_what_was_reckoned(tmp_path: Path) -> None:
+    """Memory and disk of three steps, within the factor of two that is stated."""
+    model = tiny_models.make(
+        "llama-tied", tmp_path / "model", hidden_size=1024, intermediate_size=3584, num_hidden_layers=2
+    )
+    checkpoint = open_checkpoint(model)
+    own, machine = Shape.of(checkpoint), Machine(1, CORE, 1e12)
+    codec.warmup(["Q4_K"])
+    tokens = np.random.default_rng(0).integers(2, 300, (2, 128)).astype(np.int32)
+    chosen = {name: "Q4_K" if info.quantizable else info.kept for name, info in checkpoint.tensors.items()}
+    size = sum(info.n_weights * (4.5 if info.quantizable else 32) / 8 for info in checkpoint.tensors.values())
+    taken, reckoned = {}, {}
+    with Peak() as taken["calibrate"]:
+        calibrate(checkpoint, load_model(checkpoint), tokens, tmp_path, keep=64, threads=1)
+    reckoned["calibrate"] = needs.calibrate(own, 2, 128, 64, machine)
+    with Peak() as taken["sensitivity"]:
+        sensitivity(checkpoint, tmp_path, None, ["Q4_K"], threads=1)
+    reckoned["sensitivity"] = needs.sensitivity(own, ["Q4_K"], "plain", 64, 0, 0, machine)
+    with Peak() as taken["export"]:
+        export(checkpoint, Recipe(chosen, "Q4_K", 0, 0.0, None), None, tmp_path / "m.gguf", threads=1)
+    reckoned["export"] = needs.export(own, "export", size, "plain", 0, 2, 128, 1, machine)
+    ratios = {step: need.memory / taken[step].bytes for step, need in reckoned.items()}
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+    fisher = sum(path.stat().st_size for path in (tmp_path / "fisher").iterdir())
+    assert 0.5 < reckoned["calibrate"].kept / fisher < 2
+    assert 0.9 < reckoned["export"].kept / (tmp_path / "m.gguf").stat().st_size < 1.1

@@ -1,0 +1,50 @@
+"""docs/scale.md says what its script reckons."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def scale() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scale", DOCS / "scale.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scale"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_is_reckoned(scale: ModuleType) -> None:
+    assert (DOCS / "scale.md").read_text() == scale.page(), "run python docs/scale.py"
+
+
+def test_shapes_are_those_published(scale: ModuleType) -> None:
+    """671 billion weights without the layer that predicts further tokens, of which a token meets 37 billion (DeepSeek
+    V3's technical report, with the embedding)."""
+    model = scale.shape()
+    assert 670.5e9 < model.n < 671.5e9
+    assert 37e9 < model.active + model.vocab * model.width < 38e9
+    experts = [p for p in model.products if "_exps" in p.name]
+    assert len(experts) == 3 * 58 and {p.experts * p.rows * p.n_in for p in experts} == {256 * 7168 * 2048}
+
+
+def test_arithmetic_by_hand(scale: ModuleType) -> None:
+    """Calibration and sensitivity on eight cards, with the numbers that stand in the page."""
+    model = scale.shape()
+    calibrate, sensitivity, *_ = scale.lines(model, scale.CARDS)
+    assert calibrate.read == 2 * model.stored and calibrate.reading == calibrate.read / 4e9
+    assert calibrate.computing == pytest.approx(6 * model.active * 32 * 512 / (8 * 5.4e12))
+    assert calibrate.unpacking == 6e-9 * 2 * model.stored
+    encoders = model.encoded(scale.candidates([], "all"), "plain")
+    assert encoders / 64 < 3600 * sensitivity.hours
+    calibrate, sensitivity, *_ = scale.lines(model, scale.WORKERS)
+    assert calibrate.read == 32 * 2 * model.stored and sensitivity.apiece == model.stored / 32
+    assert sensitivity.computing == pytest.approx(
+        scale.lines(model, scale.Place("one", 1, 16, 0, 1e9, 64e9))[1].computing / 32
+    )
