@@ -96,7 +96,6 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
 ) -> None:
     """Make a GGUF of each target size, and prove it: calibrate, measure, allocate, export, evaluate."""
-    from dynq import reckon
     from dynq import run as runner
     from dynq.allocate import parse_pins
     from dynq.folder import RunFolder
@@ -120,6 +119,8 @@ def run(
     tasks = runner.plan(
         _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
     )
+    from dynq import reckon  # imports torch
+
     for note in runner.check_sizes(tasks, checkpoint := runner.opened(tasks)):
         print(f"dynq: {note}", file=sys.stderr)
     reckon.of_run(checkpoint, {task.step: task.parameters for task in tasks}, folder).tell(sys.stderr, yes=yes)

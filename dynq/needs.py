@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from dynq import formats, memory
+from dynq import feedback, formats, memory
 from dynq.codec import cores
+from dynq.layer_inputs import BUDGET
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
@@ -37,7 +38,7 @@ COMPARED = 10e-9  # for each weight and format beside encoder and product: decod
 FED_BACK = 0.4e-6  # for each weight that error feedback encodes, tries included
 CALLED = 1.1e-3  # for each layer and step of sampling: what a call costs before it computes
 CACHED = 0.25e-9  # for each byte of keys and values that a step of sampling copies
-STARTED = 8.0  # for each notebook: its process, what it imports, its pictures
+STARTED = 5.0  # for each notebook: its process, what it imports, its pictures
 ENCODE = {  # for each weight, `plain` and `search`: 128 x 4096 weights with importance
     "F32": (0.3e-9, 0.3e-9),
     "F16": (0.8e-9, 0.8e-9),
@@ -71,9 +72,8 @@ MIXED = {"plain": 30e-9, "search": 80e-9, "feedback": 80e-9}  # the same of a re
 
 SAMPLED_AT_ONCE = 64  # conversations, `dynq.text`
 PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
-TRIED = 5 * 128  # rows of a tensor that feedback encodes to choose a shrinkage: five of them
-GUARDED = 64  # and for each domain that is left out
-HESSIANS = 8 << 30  # bytes: `layer_inputs.BUDGET`
+TRIED = 5  # shrinkages of feedback's seven
+BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
 MULTIPLIED = 30  # products by which a machine is measured
 F32 = 4
 
@@ -263,7 +263,7 @@ class Shape:
             if info.quantizable:
                 sizes[info.row] = sizes.get(info.row, 0) + info.n_weights
         return sum(
-            size * ENCODE[fmt][at]
+            size * ENCODE.get(fmt, (MIXED["plain"], MIXED["search"]))[at]
             for row, size in sizes.items()
             for fmt in dict.fromkeys(formats.usable(name, row) for name in fmts)
         )
@@ -354,18 +354,18 @@ def export(
     weight and 4 row^3 for each of 5 tries and D guards; tuning 6 P T a pass.
     """
     streamed = shape.streamed(machine.memory) or not shape.known
-    feedback, tune = level == "feedback" and not streamed, 0 if streamed else tune
+    fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
     tokens = chunks * n_ctx
     own = 4.9 * shape.matrix + shape.largest
     held, flops, spent = own, 0.0, shape.n * MIXED[level]
-    if feedback:
+    if fed_back:
         fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
-        rows = {p.name: p.rows + TRIED + GUARDED * domains for p in fed}
+        rows = {p.name: p.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * domains for p in fed}
         squares = [p.n_in**2 for p in fed]
-        hessians = min(8.0 * domains * sum(squares), max(2 / 3 * HESSIANS, 8.0 * domains * max(squares)))
+        hessians = min(8.0 * domains * sum(squares), max(2 / 3 * BUDGET, 8.0 * domains * max(squares)))
         held = F32 * shape.n + hessians + (16 * domains + 60) * max(squares) + own
         flops += 2 * tokens * (shape.active + sum(squares))
-        flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (5 + domains) * p.n_in**3 for p in fed)
+        flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
         spent += shape.forward(tokens) + FED_BACK * sum(rows[p.name] * p.n_in for p in fed)
     if tune:
         activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
@@ -377,8 +377,8 @@ def export(
         step,
         memory=held,
         kept=size,
-        passing=(size if feedback else 0) + (2.0 * shape.vocab * tokens if tune else 0),
-        read=shape.stored * (1 + (feedback or tune > 0)) + 2 * size,
+        passing=(size if fed_back else 0) + (2.0 * shape.vocab * tokens if tune else 0),
+        read=shape.stored * (1 + (fed_back or tune > 0)) + 2 * size,
         flops=flops,
         spent=spent,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -96,7 +96,7 @@ def of_run(checkpoint: Checkpoint, steps: Mapping[str, Mapping[str, Any]], folde
     machine = Machine.here(first["threads"])
     run = _Run(Shape.of(checkpoint), checkpoint, steps, folder, machine)
     todo = _to_do(steps, folder)
-    found = [need for step in steps if step in todo for need in run.of(step)]
+    found = [run.of(step) for step in steps if step in todo]
     tuning = "take -p tune=0, or more memory"
     instead = {step: tuning for step, own in steps.items() if step.startswith("export.") and own["tune"]}
     return Reckoning(found, machine, free_disk(folder.path), {"calibrate": "take fewer --threads"} | instead)
@@ -175,10 +175,12 @@ class _Run:
     folder: RunFolder
     machine: Machine
 
-    def of(self, step: str) -> Iterable[Need]:
+    def of(self, step: str) -> Need:
         kind, own = step.partition(".")[0], self.steps[step]
-        start = Need(step, 0.0, begun=needs.STARTED)
-        return [_sum([start, *getattr(self, f"_{kind}")(step, own)])]
+        parts = {"calibrate": self._calibrate, "sensitivity": self._sensitivity, "allocate": self._allocate}
+        parts |= {"export": self._export, "evaluate": self._evaluate}
+        found = _sum([Need(step, 0.0, begun=needs.STARTED), *parts[kind](step, own)])
+        return found._replace(memory=found.memory + needs.BESIDES) if kind in ("export", "evaluate") else found
 
     def _calibrate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
         if not self.shape.known:

@@ -30,6 +30,7 @@ def test_help_has_examples():
         "--seed",
         "--threads",
         "--force",
+        "--yes",
         "--json",
     ):
         assert option in done.stdout
