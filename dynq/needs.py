@@ -74,7 +74,6 @@ SAMPLED_AT_ONCE = 64  # conversations, `dynq.text`
 PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
 TRIED = 5  # shrinkages of feedback's seven
 BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
-MULTIPLIED = 30  # products by which a machine is measured
 F32 = 4
 
 
@@ -116,31 +115,36 @@ class Machine:
 
     @classmethod
     def here(cls, threads: int = 0) -> Machine:
-        """This machine as it is now, measured in about 0.1 s: products of matrices of 512 x 512 on all threads at once,
-        which run slower together than one alone."""
+        """This machine as it is now, in 0.2 s: products of matrices of 512 x 512 on all threads at once, which are
+        slower together than one alone."""
         threads = threads or cores()
         a, b = np.random.default_rng(0).normal(size=(2, 512, 512)).astype(np.float32)
 
-        def multiply(_: int) -> None:
-            for _ in range(MULTIPLIED):
+        def multiplied(seconds: float) -> int:
+            end, n = time.perf_counter() + seconds, 0
+            while time.perf_counter() < end:
                 a @ b
+                n += 1
+            return n
 
         with threadpool_limits(1), ThreadPoolExecutor(threads) as workers:
-            list(workers.map(multiply, range(threads)))  # the first time threads begin and clocks rise
+            list(workers.map(multiplied, [0.05] * threads))  # threads begin, clocks settle
             start = time.perf_counter()
-            list(workers.map(multiply, range(threads)))
+            done = sum(workers.map(multiplied, [0.15] * threads))
             spent = time.perf_counter() - start
-        return cls(threads, MULTIPLIED * 2 * 512**3 / spent, memory.available())
+        return cls(threads, done * 2 * 512**3 / spent / threads, memory.available())
 
 
 class Product(NamedTuple):
-    """A matrix, or a stack, that tokens are multiplied by. used: matrices of it that one token passes."""
+    """A matrix, or a stack, that tokens are multiplied by. used: matrices of it that one token passes; reads: the first
+    of those that have the same input."""
 
     name: str
     rows: int
     n_in: int
     experts: int
     used: int
+    reads: str
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,8 @@ class Shape:
             if info.quantizable and (name != "token_embd.weight" or tied):
                 count = info.shape[0] if len(info.shape) == 3 else 1
                 used = min(count, self.used) if "_exps" in name else count  # DeepSeek's k_b and v_b are stacks of heads
-                found.append(Product(name, info.shape[-2], info.row, count, used))
+                reads = name.replace("attn_k.", "attn_q.").replace("attn_v.", "attn_q.").replace("ffn_up", "ffn_gate")
+                found.append(Product(name, info.shape[-2], info.row, count, used, reads))
         return found
 
     @property
@@ -293,20 +298,21 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     """Forward, backward, samples.
 
     Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
-    matrix in a layer. Disk: keep x (2 bytes a value + 24 a product) + 8 bytes an input channel, expert and sequence; in
-    passing, streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for each sequence +
-    T V CHOSEN. An expert's probe is made where tokens reached it.
+    matrix in a layer. Disk: keep x (2 bytes a value + 24 an input) + 8 bytes an input channel, expert and sequence,
+    where q, k and v have one input, gate and up too; in passing, streamed, 4 (layers + 1) T width. 6 P T operations;
+    seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
     """
     tokens, streamed = chunks * n_ctx, shape.streamed(machine.memory)
     share = 1 / shape.layers if streamed else 1
     side_by_side = min(machine.threads, chunks)
     each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.probed
-    channels = sum(p.n_in * p.experts for p in shape.products)
-    kept = keep * sum(2 * (p.rows + p.n_in) + 24 for p in shape.products) + 8 * chunks * channels
+    inputs = {p.reads: p for p in shape.products}.values()
+    channels = sum(p.n_in * p.experts for p in inputs)
+    kept = keep * (sum(2 * p.rows for p in shape.products) + sum(2 * p.n_in + 24 for p in inputs))
     return Need(
         "calibrate",
         memory=shape.held(machine.memory) + side_by_side * each,
-        kept=kept + 4 * channels,
+        kept=kept + (8 * chunks + 4) * channels,
         passing=F32 * (shape.layers + 1) * tokens * shape.width if streamed else 0,
         read=shape.passes(machine.memory, 2),
         flops=6 * shape.active * tokens,

@@ -208,10 +208,10 @@ class _Run:
         return [needs.sensitivity(self.shape, fmts, own["level"], keep, swaps, tokens, self.machine)]
 
     def _allocate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
-        from dynq.search import parse_seconds
-
         if not own["search"]:
             return []
+        from dynq.search import parse_seconds
+
         memory = 2 * needs.F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
         return [Need(step, memory, begun=parse_seconds(own["search"]))]
 

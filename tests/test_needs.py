@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,9 @@ def test_calibrate_by_hand() -> None:
     channels = 64 + 64 + 4 * 64 + 64
     values = 128 + 192 + 96 + 164
     assert need.kept == 5 * (2 * values + 4 * 24) + 8 * 3 * channels + 4 * channels and need.passing == 0
+    more = shape().tensors | {"blk.0.ffn_gate.weight": TensorInfo("blk.0.ffn_gate.weight", (128, 64), "BF16")}
+    gated = needs.calibrate(replace(shape(), tensors=more), chunks=3, n_ctx=10, keep=5, machine=LARGE)
+    assert gated.kept == need.kept + 5 * 2 * 128  # its input is that of ffn_up
     assert need.read == 2 * N and need.flops == 6 * P * 30
     spent = 3 * A * 30 * needs.FORWARD + 3 * N * needs.PROBE + 30 * 100 * needs.CHOSEN
     assert need.spent == pytest.approx(spent)
