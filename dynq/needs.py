@@ -184,7 +184,7 @@ class Shape:
                 found.append(Product(name, info.shape[-2], info.row, count, used, reads))
         return found
 
-    @property
+    @cached_property
     def n(self) -> int:
         """N"""
         return sum(info.n_weights for info in self.tensors.values())
@@ -206,11 +206,16 @@ class Shape:
 
     @property
     def vocab(self) -> int:
-        return self.tensors["token_embd.weight"].shape[0]
+        return self._embedding[0]
 
     @property
     def width(self) -> int:
-        return self.tensors["token_embd.weight"].row
+        return self._embedding[1]
+
+    @property
+    def _embedding(self) -> tuple[int, ...]:
+        """Of a model that cannot be run none may be there."""
+        return self.tensors["token_embd.weight"].shape if "token_embd.weight" in self.tensors else (0, 0)
 
     @cached_property
     def layers(self) -> int:
@@ -334,7 +339,7 @@ def sensitivity(
     swaps = 0 if shape.streamed(machine.memory) else swaps
     multiplied = sum(p.rows * p.n_in for p in shape.products)
     passes = (swaps + 1) * swap_tokens if swaps else 0
-    own = 20 * shape.largest + 12 * keep * max(p.rows + p.n_in for p in shape.products)
+    own = 20 * shape.largest + 12 * keep * max((p.rows + p.n_in for p in shape.products), default=0)
     return Need(
         "sensitivity",
         memory=max(own, F32 * shape.n + own / 2 + shape.logits(swap_tokens) if swaps else 0),

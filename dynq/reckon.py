@@ -63,7 +63,7 @@ class Reckoning:
             rows.append(("in all", self.memory, self.peak, self.seconds))
         about = f"free: {_size(self.machine.memory)} of memory, {_size(self.disk)} of disk; times within a factor of 2"
         table = text_table([{"step": s, "memory": _size(m), "disk": _size(d), "time": _time(t)} for s, m, d, t in rows])
-        return f"{table}\n{about}, on {self.machine.threads} threads that nothing else uses"
+        return f"{table}\n{about}, on {self.machine.threads} threads, this machine being as busy as now"
 
     def lacks(self) -> str:
         """What cannot fit, with the numbers, or ""."""
@@ -72,22 +72,21 @@ class Reckoning:
                 instead = self.instead.get(need.step, "take more memory")
                 return (
                     f"{need.step} needs about {_size(need.memory)} of memory, {_size(self.machine.memory)} are free; "
-                    f"{instead}, or --yes to go on all the same"
+                    f"{instead}"
                 )
         if self.peak > self.disk:
-            return (
-                f"about {_size(self.peak)} of disk are needed, {_size(self.disk)} are free; make room, or --yes to go "
-                "on all the same"
-            )
+            return f"about {_size(self.peak)} of disk are needed, {_size(self.disk)} are free; make room"
         return ""
 
     def tell(self, stream: TextIO, *, yes: bool = False) -> None:
-        """Print the table where the whole takes over a minute. DynqError where it cannot fit, unless `yes`."""
+        """Print the table where the whole takes over a minute. Where it cannot fit a DynqError, with `yes` a line."""
         if self.seconds > LONG:
             stream.write(f"{self.table()}\n")
-            stream.flush()
-        if not yes and (lacks := self.lacks()):
-            raise DynqError(lacks)
+        if lacks := self.lacks():
+            if not yes:
+                raise DynqError(f"{lacks}, or --yes to go on all the same")
+            stream.write(f"{lacks}; going on\n")
+        stream.flush()
 
 
 def of_run(checkpoint: Checkpoint, steps: Mapping[str, Mapping[str, Any]], folder: RunFolder) -> Reckoning:
@@ -234,7 +233,8 @@ class _Run:
         return float(target_bytes(parse_target(target), self.checkpoint.tensors, self.checkpoint.metadata, True))
 
     def _evaluate(self, step: str, own: Mapping[str, Any]) -> list[Need]:
-        """Each file beside two mixes and one format throughout; files of others beside two mixes each."""
+        """Each file beside two mixes and one format throughout; files of others beside two mixes each. What llama.cpp
+        runs is not reckoned."""
         if not self.shape.known:
             return []
         found = self._text("evaluate", own["eval_text"], own["eval_chunks"], own["eval_n_ctx"])

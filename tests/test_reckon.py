@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import unknown_models
 from conftest import PARAMETERS, TARGET, dynq_command
 
 from dynq import reckon
@@ -49,7 +50,9 @@ def test_memory_is_refused_with_numbers_and_what_to_do() -> None:
     said = "export.3bpw needs about 10 GiB of memory, 8 GiB are free; take -p tune=0, or --yes"
     with pytest.raises(DynqError, match=said):
         large.tell(io.StringIO())
-    large.tell(io.StringIO(), yes=True)
+    shown = io.StringIO()
+    large.tell(shown, yes=True)
+    assert shown.getvalue().endswith("8 GiB are free; take -p tune=0; going on\n")
     Reckoning([Need("export.3bpw", 8.5 * 2**30)], MACHINE, 1e9, {}).tell(io.StringIO())  # within the reckoning's error
 
 
@@ -100,6 +103,16 @@ def test_text_that_is_sampled_costs_and_text_that_is_there_does_not(tmp_path: Pa
     with folder.step("calibrate-text", parameters={"n_ctx": 64, "n_chunks": 4}, outputs=[]):
         pass
     assert reckon.of_run(checkpoint, steps_of(folder), folder).needs[0].begun < first.begun
+
+
+def test_a_model_that_cannot_be_run_is_read_and_encoded_only(tmp_path: Path) -> None:
+    model, folder = unknown_models.make("gpt2", tmp_path / "gpt2.gguf"), RunFolder(tmp_path / "run")
+    steps = {task.step: task.parameters for task in runner.plan(str(model), [TARGET], folder)}
+    found = {need.step: need for need in reckon.of_run(open_checkpoint(model), steps, folder).needs}
+    assert list(found) == list(steps)
+    assert not any(need.flops for need in found.values())
+    assert found["calibrate"].seconds(MACHINE) < found["sensitivity"].seconds(MACHINE)
+    assert found[f"export.{TARGET}"].kept > 0 and found[f"export.{TARGET}"].passing == 0
 
 
 def test_command_refuses_before_any_work(tmp_path: Path) -> None:

@@ -112,12 +112,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="dynq-memory-") as folder:
         checkpoint = open_checkpoint(sparse_checkpoint(Path(folder), layers, given.experts))
         stored = 2 * max(info.n_weights for info in checkpoint.tensors.values()) / 2**20
+        matrix = 2 * max(int(np.prod(info.shape[-2:])) for info in checkpoint.tensors.values()) / 2**20
         total = 2 * checkpoint.n_weights / 2**30
         print(f"{layers} layers, {total:.2f} GiB of BF16, largest tensor {stored:.0f} MiB; idle {held():.0f} MiB")
         recipe = Recipe(dict.fromkeys(checkpoint.tensors, given.format), given.format, 0, 0.0, None)
         with Peak() as peak:
             export(checkpoint, recipe, None, Path(folder) / "out.gguf", threads=given.threads)
-        print(f"export to {given.format}: {peak.mib:.0f} MiB, {peak.mib / stored:.2f} of the largest tensor")
+        of = f"{peak.mib / stored:.2f} of the largest tensor, {peak.mib / matrix:.2f} of the largest matrix"
+        print(f"export to {given.format}: {peak.mib:.0f} MiB, {of}")
         if given.calibrate:
             tokens = np.arange(2, 66, dtype=np.int32)[None]
             with Peak() as peak:
