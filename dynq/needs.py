@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from dynq import feedback, formats, memory
 from dynq.codec import cores
 from dynq.layer_inputs import BUDGET
+from dynq.tune import COPIES
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
@@ -36,6 +37,7 @@ CHOSEN = 60e-9  # for each entry of the vocabulary and token: softmax and labels
 HEAD = 40e-9  # for each entry of the vocabulary and sample: the head's exact divergence
 COMPARED = 10e-9  # for each weight and format beside encoder and product: decode, subtract, sum up
 FED_BACK = 0.4e-6  # for each weight that error feedback encodes, tries included
+MOVED = 40e-9  # for each weight and step of tuning where codes move: latent numbers, Adam, the nearest points
 CALLED = 1.1e-3  # for each layer and step of sampling: what a call costs before it computes
 CACHED = 0.25e-9  # for each byte of keys and values that a step of sampling copies
 STARTED = 5.0  # for each notebook: its process, what it imports, its pictures
@@ -354,15 +356,27 @@ def sensitivity(
 
 
 def export(
-    shape: Shape, step: str, size: float, level: str, tune: int, chunks: int, n_ctx: int, domains: int, machine: Machine
+    shape: Shape,
+    step: str,
+    size: float,
+    level: str,
+    tune: int,
+    chunks: int,
+    n_ctx: int,
+    domains: int,
+    machine: Machine,
+    *,
+    codes: bool = False,
 ) -> Need:
     """Encode, feed back, tune, write.
 
     size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
     8 D x row^2 summed over its products (2/3 of `layer_inputs.BUDGET` at most) + (16 D + 60) x the largest row^2;
-    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward. Disk: the file; in passing its
-    parts, and 2 V T of the teacher. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a
-    weight and 4 row^3 for each of 5 tries and D guards; tuning 6 P T a pass.
+    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward; 4 N (1 + `tune.COPIES`) in place
+    of 8.7 N where codes move, for which there must be room. Disk: the file; in passing its parts, and 2 V T of the
+    teacher. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for
+    each of 5 tries and D guards; tuning 6 P T a pass. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
+    move.
     """
     streamed = shape.streamed(machine.memory) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -380,10 +394,13 @@ def export(
         spent += shape.forward(tokens) + FED_BACK * sum(rows[p.name] * p.n_in for p in fed)
     if tune:
         activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
-        held = max(held, 8.7 * shape.n + 2 * size + F32 * shape.largest + activations)
+        room = memory.for_weights(machine.memory - F32 * shape.n - size)
+        codes = codes and F32 * COPIES * shape.n <= room
+        copies = F32 * (1.0 + COPIES) if codes else 8.7
+        held = max(held, copies * shape.n + 2 * size + F32 * shape.largest + activations)
         flops += (2 + 6 * tune) * shape.active * tokens
         spent += (2 + 3 * tune) * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
-        spent += tune * ceil(chunks / 2) * shape.n * COMPARED / 2
+        spent += tune * ceil(chunks / 2) * shape.n * (COMPARED / 2 + (MOVED if codes else 0))
     return Need(
         step,
         memory=held,

@@ -220,8 +220,9 @@ class _Run:
         level = own["encoding"] if known else own["encoding"].replace("feedback", "search")
         domains = len(text_files(first["text"])) or FAMILIES
         text = first["n_chunks"], first["n_ctx"], domains
-        size = self._bytes(own["target"])
-        found = [needs.export(self.shape, step, size, level, own["tune"] if known else 0, *text, self.machine)]
+        size, passes = self._bytes(own["target"]), own["tune"] if known else 0
+        made = needs.export(self.shape, step, size, level, passes, *text, self.machine, codes=own["tune_codes"])
+        found = [made]
         if own["chat"] and known and not self.shape.streamed(self.machine.memory):
             found.append(needs.sampled(self.shape, step, 2 * 3 * own["n_tokens"], 2 * own["n_tokens"]))
         return found

@@ -105,6 +105,11 @@ def test_export_by_hand() -> None:
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
     assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10)
     assert tuned.passing == 2 * 100 * 30 and tuned.flops == 14 * P * 30
+    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE, codes=True)
+    assert moved.memory == pytest.approx(tuned.memory + (32 - 8.7) * N)  # the teacher, and seven copies
+    assert moved.spent == pytest.approx(tuned.spent + 2 * 2 * N * needs.MOVED)
+    tight = Machine(4, CORE, 40 * N)  # not enough for all that beside the teacher
+    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, tight, codes=True) == tuned
     streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 10, 2, Machine(1, CORE, 4 * N))
     assert (streamed.memory, streamed.passing) == (plain.memory, 0)  # neither feedback nor tuning
 
