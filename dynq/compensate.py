@@ -10,7 +10,7 @@ from scipy.linalg import solve_triangular
 from dynq import codec, formats
 from dynq.errors import DynqError
 from dynq.kernels import feedback, feedback_books, scales
-from dynq.kernels.arrays import Array, dense, host, namespace, single
+from dynq.kernels.arrays import Array, beside, dense, double, host, namespace, single
 
 SWEEPS = 3
 PANEL = 256  # columns between two large matrix products
@@ -27,6 +27,13 @@ class Choose(NamedTuple):
 KERNELS = Choose(feedback.choose, feedback_books.choose)
 
 
+def on_card() -> Choose:
+    """The kernels for torch tensors."""
+    from dynq.kernels import feedback_card
+
+    return Choose(feedback_card.choose_codes, feedback_card.choose_entries)
+
+
 def shrunk(h: Array, shrinkage: float) -> Array:
     """(1 - a) H + a diag H, scaled to a mean diagonal of 1; channels never seen weigh 1e-6 of that."""
     diagonal, own = h.diagonal(), namespace(h).arange(len(h))
@@ -39,7 +46,8 @@ def shrunk(h: Array, shrinkage: float) -> Array:
 class Metric:
     """A positive definite H float32 [n, n] in the forms that the steps need; of NumPy or of torch.
 
-    R upper triangular, H = R R^T; of the groups' own blocks of H: root likewise [groups, g, g], and its inverse.
+    R upper triangular, H = R R^T, float64; of the groups' own blocks of H: root likewise [groups, g, g], and its
+    inverse, float32.
     """
 
     H: Array
@@ -52,7 +60,7 @@ class Metric:
         xp = namespace(h)
         own = xp.stack([h[i : i + group, i : i + group] for i in range(0, len(h), group)])
         root = _upper(own)
-        return cls(single(h), single(_upper(h)), single(root), single(xp.linalg.inv(root)))
+        return cls(single(h), _upper(h), single(root), single(xp.linalg.inv(root)))
 
 
 def _upper(h: Array) -> Array:
@@ -68,11 +76,10 @@ def encode_rows(weights: np.ndarray, form: scales.Grid, metric: Metric, choose: 
     """Walk and sweeps over some rows [rows, n]: uint8 [rows, row_bytes]. All is done where the metric's arrays are."""
     exponent = np.frexp(np.abs(weights).max(axis=1))[1]
     unit = np.ldexp(F(1), np.clip(-exponent, -126, 126)).astype(F)
-    xp = namespace(metric.H)
-    w = xp.asarray(np.ascontiguousarray((weights * unit[:, None]).T))
-    start = scales.Scales.empty(form, len(w), xp.asarray(unit))
-    codes = xp.zeros(w.shape, dtype=xp.uint8)
-    state = State(w, form, xp.asarray(form.levels), metric, start, xp.zeros_like(w), codes)
+    rows = np.ascontiguousarray((weights * unit[:, None]).T), unit, np.zeros(weights.T.shape, np.uint8), form.levels
+    w, unit, codes, levels = (beside(x, metric.H) for x in rows)
+    start = scales.Scales.empty(form, len(w), unit)
+    state = State(w, form, levels, metric, start, namespace(w).zeros_like(w), codes)
     state.walk(choose)
     for _ in range(SWEEPS):
         state.sweep(choose)
@@ -94,33 +101,33 @@ class State:
     codes: Array
 
     def walk(self, choose: Choose) -> None:
-        """Step 1."""
-        R, E, n = self.metric.R, self.E, len(self.w)
+        """Step 1. Its products are of float64, as one rounding that goes another way changes all that follows."""
+        R, n = self.metric.R, len(self.w)
         block, group = self.form.block, self.form.group
         for start in range(0, n, PANEL):
             panel = slice(start, min(start + PANEL, n))
-            carried = R[:start, panel].T @ E[:start] if start else E[panel] * 0
+            carried = R[:start, panel].T @ double(self.E[:start])
             for first in range(start, panel.stop, group):
                 own = slice(first, first + group)
                 if first % block == 0:
                     self._start(slice(first, first + block), carried[first - start : first - start + block], start)
-                P = carried[first - start : first - start + group]
-                if first > start:
-                    P = P + R[start:first, own].T @ E[start:first]
-                self._choose(choose, first // group, P, R[own, own], self.form.reach[0], keep=False)
+                P = carried[first - start : first - start + group] + self._near(own, start)
+                self._choose(choose, first // group, single(P), single(R[own, own]), self.form.reach[0], keep=False)
+
+    def _near(self, own: slice, panel: int) -> Array:
+        """What the errors since the panel's first column add to columns of E R."""
+        before = slice(panel, own.start)
+        return self.metric.R[before, own].T @ double(self.E[before])
 
     def _start(self, own: slice, carried: Array, panel: int) -> None:
         """Scales of one block, from the plain encoding of the weights that make up for the errors so far."""
         R, form = self.metric.R, self.form
-        P = carried
-        if own.start > panel:
-            P = P + R[panel : own.start, own].T @ self.E[panel : own.start]
-        target = self.w[own] + _solve(R[own, own].T, P)
+        target = self.w[own] + single(_solve(R[own, own].T, carried + self._near(own, panel)))
         x = np.ascontiguousarray(host((target / self.scales.unit).T))
         x = np.clip(x, np.finfo(F).min, np.finfo(F).max)
         threads = 1 if isinstance(R, np.ndarray) else None  # one of several over rows, or alone
         data = codec.quantize(x, form.name, host(R.diagonal()[own] ** 2), threads=threads)
-        d, dmin, ls, lm = map(namespace(R).asarray, scales.read(form.name, data))
+        d, dmin, ls, lm = (beside(x, R) for x in scales.read(form.name, data))
         b, groups = own.start // form.block, slice(own.start // form.group, own.stop // form.group)
         self.scales.d[b], self.scales.dmin[b] = d * self.scales.unit, dmin * self.scales.unit
         self.scales.ls[groups], self.scales.lm[groups] = ls, lm
@@ -129,7 +136,7 @@ class State:
         form, own = self.form, slice(group * self.form.group, (group + 1) * self.form.group)
         a, m, step, offset = self.scales.candidates(form, group, reach)
         xp = namespace(self.w)
-        best = xp.empty(self.w.shape[1], dtype=xp.int64)
+        best = xp.zeros_like(self.codes[0], dtype=xp.int64)
         E, codes = self.E[own], self.codes[own]
         P, R, step, offset = (dense(x) for x in (P, R, step, offset))
         if form.book is not None:

@@ -12,13 +12,13 @@ Another family is added with its own `Grid` (levels that are not equally spaced 
 one whose weights are chosen together with a `Book` too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from dynq import formats
 from dynq.kernels import iq1, iq4, iquants, kquants, legacy
-from dynq.kernels.arrays import Array, host, namespace
+from dynq.kernels.arrays import Array, beside, host, namespace, pick
 from dynq.kernels.floats import half_table
 from dynq.kernels.grids import entry_at, neighbours
 from dynq.kernels.grids import grid as lattice
@@ -120,12 +120,13 @@ class Scales:
     ls: Array
     lm: Array
     unit: Array
+    moves: dict[tuple[int, bool], tuple[Array, Array]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, form: Grid, n: int, unit: Array) -> "Scales":
-        xp, rows = namespace(unit), len(unit)
-        d, dmin = xp.zeros((2, n // form.block, rows), dtype=xp.float32)
-        ls, lm = xp.ones((2, n // form.group, rows), dtype=xp.float32)
+        rows = len(unit)
+        d, dmin = beside(np.zeros((2, n // form.block, rows), F), unit)
+        ls, lm = beside(np.ones((2, n // form.group, rows), F), unit)
         return cls(d, dmin, ls, lm, unit)
 
     def steps(self, form: Grid, group: int) -> tuple[Array, Array]:
@@ -146,10 +147,7 @@ class Scales:
         larger step goes with a lower offset.
         """
         xp, b = namespace(self.d), group * form.group // form.block
-        moves = xp.arange(-reach, reach + 1, dtype=xp.float32)
-        square = (len(moves), len(moves))
-        up = xp.broadcast_to(moves[:, None], square).reshape(-1, 1) if form.affine else moves[:, None]
-        down = xp.broadcast_to(moves, square).reshape(-1, 1)  # of use where the format is affine
+        up, down = self._moves(reach, form.affine)
         if form.free:
             size = float(F(FRACTION / len(form.levels)))
             a = self.stored(self.d[b] * (1 + size * up))
@@ -174,13 +172,20 @@ class Scales:
         m = xp.clip(self.lm[group] + down, 0, form.top) if form.affine else xp.broadcast_to(self.lm[group], a.shape)
         return a, m, step, shift - self.dmin[b] * m
 
+    def _moves(self, reach: int, affine: bool) -> tuple[Array, Array]:
+        """What is added at either end of the range: float32 [candidates, 1] twice, the second for affine formats."""
+        if (reach, affine) not in self.moves:
+            moves = np.arange(-reach, reach + 1, dtype=F)
+            up, down = (np.repeat(moves, len(moves)), np.tile(moves, len(moves))) if affine else (moves, moves)
+            self.moves[reach, affine] = beside(up[:, None], self.d), beside(down[:, None], self.d)
+        return self.moves[reach, affine]
+
     def take(self, form: Grid, group: int, a: Array, m: Array, best: Array) -> None:
         """Keep the candidate `best` int64 [rows] of a and m; none where it is -1."""
-        xp = namespace(best)
-        at = best * (best >= 0), xp.arange(len(best))
+        xp, at = namespace(best), best * (best >= 0)
         kept = (self.d, self.dmin) if form.free else (self.ls, self.lm)
         for old, new in zip(kept, (a, m), strict=True):
-            old[group] = xp.where(best >= 0, new[at], old[group])
+            old[group] = xp.where(best >= 0, pick(new, at), old[group])
 
 
 FRACTION = 0.4  # of a step: how far the outermost level moves from one candidate to the next
