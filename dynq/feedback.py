@@ -134,7 +134,8 @@ def encode(
         importance = host(both.matrix.diagonal())
     weights = np.ascontiguousarray(weights, dtype=F)
     candidates = {
-        level: codec.quantize(weights, fmt, importance, level=level, threads=threads) for level in codec.LEVELS
+        level: codec.quantize(weights, fmt, importance, level=level, threads=threads, device=device)
+        for level in codec.LEVELS
     }
     trial = np.arange(min(rows, TRIAL_ROWS)) * rows // max(1, min(rows, TRIAL_ROWS))
     part = np.ascontiguousarray(weights[trial])

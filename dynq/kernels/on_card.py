@@ -12,12 +12,11 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from threading import RLock
 from typing import Any
 
 import numpy as np
-import torch
 from numba.core.dispatcher import Dispatcher
 
 from dynq.errors import DynqError
@@ -117,51 +116,77 @@ def _uncontracted() -> Any:
 
 
 class OnCard:
-    """A kernel that is launched on torch tensors with as many threads as there are blocks or rows.
+    """A kernel that is launched on arrays of a card with as many threads as there are blocks or rows.
 
     known: as in device_function; slices: for arguments of the kernel what a thread, number t, takes of them, as source
-    text. Arguments that are NumPy arrays are tables that stay on the card. With tensors on the processor the kernel
-    itself is called.
+    text.
     """
 
-    def __init__(self, kernel: Dispatcher, known: Mapping[str, int], slices: Mapping[str, str]):
-        self.kernel, self.known, self.slices = kernel, known, slices
-        self.types: set[tuple[Any, ...]] = set()
-
-    @cached_property
-    def launch(self) -> Any:
-        names = list(inspect.signature(self.kernel.py_func).parameters)
-        passed = ", ".join(name + self.slices.get(name, "") for name in names)
+    def __init__(self, kernel: Dispatcher, known: Known, slices: Mapping[str, str]):
+        names = list(inspect.signature(kernel.py_func).parameters)
+        passed = ", ".join(name + slices.get(name, "") for name in names)
         given = ", ".join([*names, "_count"])
         source = f"def launch({given}):\n    t = _grid(1)\n    if t < _count:\n        _kernel({passed})\n"
-        known = tuple(sorted(self.known.items()))
-        space = {"_kernel": device_function(self.kernel, known), "_grid": _cuda().grid}
+        space = {"_kernel": device_function(kernel, known), "_grid": _cuda().grid}
         exec(source, space)
-        return _cuda().jit(space["launch"])
+        self.launch = _cuda().jit(space["launch"])
+        self.seen: set[tuple[Any, ...]] = set()
 
     def __call__(self, count: int, *arguments: Any) -> None:
-        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-        if not tensors[0].is_cuda:
-            self.kernel(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments))
-            return
-        given = [_table(x, tensors[0].device) if isinstance(x, np.ndarray) else x for x in arguments]
         configured = self.launch[(count + THREADS - 1) // THREADS, THREADS]
-        types = tuple((x.dtype, x.dim()) if isinstance(x, torch.Tensor) else type(x) for x in given)
-        if types in self.types:
-            configured(*given, count)
+        types = tuple((str(x.dtype), x.ndim) if hasattr(x, "ndim") else type(x) for x in arguments)
+        if types in self.seen:
+            configured(*arguments, count)
             return
         with _uncontracted():
-            configured(*given, count)
-        self.types.add(types)
+            configured(*arguments, count)
+        self.seen.add(types)
 
 
-THREADS = 32  # of a group; rows are few, and every processor of a card should have some
-_TABLES: dict[tuple[int, torch.device], tuple[np.ndarray, torch.Tensor]] = {}
+# of a group: rows and blocks can be few, and every processor of a card should have some
+THREADS = 32
 
 
-def _table(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """The array on the card; it is kept, so that its id stays its own."""
-    key = id(array), device
-    if key not in _TABLES:
-        _TABLES[key] = array, torch.from_numpy(array).to(device)
-    return _TABLES[key][1]
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+# what the kernels that fit blocks call their results, one for each block
+_RESULTS = ("codes", "scales", "mins", "d", "dmin", "m", "integers", "entries", "signs", "levels")
+_SLICES = dict.fromkeys(("x", *_RESULTS), "[t : t + 1]") | {"w": "[t % w.shape[0] : t % w.shape[0] + 1]"}
+# weights that share a scale, where it is no argument and not the whole block
+_SUB = {"fit_symmetric": 16, "fit_super_blocks": 32}
+
+
+@cache
+def _fit(kernel: Dispatcher, known: Known) -> OnCard:
+    with _LOCK:
+        return OnCard(kernel, known, _SLICES)
+
+
+def run(kernel: Dispatcher, *arguments: Any) -> None:
+    """Call a kernel that fits blocks, its arguments x, w, numbers, tables and results to fill, on the card."""
+    cuda = _cuda()
+    given = inspect.signature(kernel.py_func).bind(*arguments).arguments
+    known = {name: int(value) for name, value in given.items() if isinstance(value, int)}
+    lanes = given["x"].shape[1] // known.get("sub", _SUB.get(kernel.py_func.__name__, given["x"].shape[1]))
+    known |= {"GROUP": 1, "LANES": lanes, "lanes": lanes, "width": given["x"].shape[1]}
+    results = {name: cuda.device_array_like(value) for name, value in given.items() if name in _RESULTS}
+    rest = {name: _there(name, value) for name, value in given.items() if name not in _RESULTS}
+    _fit(kernel, tuple(sorted(known.items())))(len(given["x"]), *((rest | results)[name] for name in given))
+    for name, result in results.items():
+        result.copy_to_host(given[name])
+
+
+_TABLES: dict[int, tuple[np.ndarray, Any]] = {}
+
+
+def table(array: np.ndarray) -> Any:
+    """An array that is kept as long as the program, on the card: copied once, and its id stays its own."""
+    if id(array) not in _TABLES:
+        _TABLES[id(array)] = array, _cuda().to_device(array)
+    return _TABLES[id(array)][1]
+
+
+def _there(name: str, value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return table(value) if name in ("values", "entry_at") else _cuda().to_device(np.ascontiguousarray(value))
