@@ -33,8 +33,8 @@ Known = tuple[tuple[str, int], ...]
 class _Threaded(ast.NodeTransformer):
     """Puts known numbers in the place of names, and a thread's own arrays in that of np.empty and np.zeros."""
 
-    def __init__(self, known: Mapping[str, int], space: Mapping[str, Any]):
-        self.known = known
+    def __init__(self, function: ast.FunctionDef, known: Mapping[str, int], space: Mapping[str, Any]):
+        self.known = {name: value for name, value in known.items() if name not in _changing(function)}
         self.sizes = {name: value for name, value in space.items() if isinstance(value, int)} | known
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -69,6 +69,18 @@ class _Threaded(ast.NodeTransformer):
             return None
 
 
+def _changing(function: ast.FunctionDef) -> set[str]:
+    """Names that the function gives values of its own, sizes of arrays apart."""
+    sizes = {
+        id(name)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+        for name in ast.walk(node)
+    }
+    stored = (node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    return {node.id for node in stored if id(node) not in sizes}
+
+
 def _both_tuples(target: ast.expr, value: ast.expr) -> bool:
     return isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
 
@@ -92,7 +104,7 @@ def device_function(kernel: Dispatcher, known: Known) -> Any:
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
     space = dict(vars(sys.modules[function.__module__]))
-    tree = ast.fix_missing_locations(_Threaded(dict(known), space).visit(tree))
+    tree = ast.fix_missing_locations(_Threaded(definition, dict(known), space).visit(tree))
     for name in set(function.__code__.co_names) & set(space):
         if isinstance(space[name], Dispatcher):
             space[name] = device_function(space[name], known)
@@ -166,7 +178,7 @@ def run(kernel: Dispatcher, *arguments: Any) -> None:
     """Call a kernel that fits blocks, its arguments x, w, numbers, tables and results to fill, on the card."""
     cuda = _cuda()
     given = inspect.signature(kernel.py_func).bind(*arguments).arguments
-    known = {name: int(value) for name, value in given.items() if isinstance(value, int)}
+    known = {name: int(value) for name, value in given.items() if isinstance(value, int) and name != "rounds"}
     lanes = given["x"].shape[1] // known.get("sub", _SUB.get(kernel.py_func.__name__, given["x"].shape[1]))
     known |= {"GROUP": 1, "LANES": lanes, "lanes": lanes, "width": given["x"].shape[1]}
     results = {name: cuda.device_array_like(value) for name, value in given.items() if name in _RESULTS}
