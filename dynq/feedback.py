@@ -242,14 +242,13 @@ def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
     return Hessian(sum((h.matrix for h in parts), total), sum(h.tokens for h in parts))
 
 
-def _feedback(
-    weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None
-) -> np.ndarray:
+def _feedback(weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> np.ndarray:
     """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]."""
     rows, n = weights.shape
     metric = Metric.of(shrunk(h, shrinkage), form.group)
     if not isinstance(h, np.ndarray):  # all rows at once keep a card busy
-        return encode_rows(weights, form, metric, on_card())
+        with namespace(h).cuda.device_of(h):
+            return encode_rows(weights, form, metric, on_card())
     out = np.empty((rows, formats.row_bytes(form.name, n)), np.uint8)
 
     def work(part: slice) -> None:

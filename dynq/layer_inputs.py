@@ -17,6 +17,7 @@ from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.imatrix import Importance
 from dynq.kernels import scales
+from dynq.kernels.on_card import usable
 from dynq.layerwise import reader
 from dynq.progress import progress
 
@@ -46,6 +47,7 @@ def feed_back(
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
     chunk. `kept_aside` of them judge, see `feedback.encode`.
     parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
+    Encoders run on the model's card where numba.cuda can compile for it.
     A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
     """
     parts.mkdir(exist_ok=True)
@@ -54,6 +56,7 @@ def feed_back(
     fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
     each = 2 * len(set(domains)) * _BYTES
     sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
+    device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
@@ -69,7 +72,9 @@ def feed_back(
                     if read and order is not None:
                         read = tuple([h.ordered(order) for h in some] for some in read)
                     reason = f"{chosen[name]} has no feedback" if name in modules else unread
-                    _encode_part(checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads)
+                    _encode_part(
+                        checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads, device
+                    )
                 with safe_open(_part(parts, name), framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")
                 bar.update(1)
@@ -86,6 +91,7 @@ def _encode_part(
     guard: bool,
     parts: Path,
     threads: int | None,
+    device: str,
 ) -> None:
     """inputs: Hessians to fit and kept aside, or why there are none."""
     told: dict[str, Any] = {"tensor": name, "format": fmt}
@@ -94,7 +100,7 @@ def _encode_part(
         told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
     else:
         mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
-        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads)
+        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads, device=device)
         data = made.data
         told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
     with replacing(_part(parts, name)) as beside:

@@ -7,13 +7,13 @@ is a card it is asked too.
 import numpy as np
 import pytest
 import torch
-
 from codes import codes
+from test_feedback import NAMES, correlated, gaussian
+
 from dynq import codec, compensate, feedback
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.kernels import arrays, scales
-from test_feedback import NAMES, correlated, gaussian
 
 DEVICES = ["cpu:0", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no card"))]
 ROWS = 160

@@ -466,9 +466,7 @@ def encode(
         out[theirs < ours] = plain[theirs < ours]
 
 
-def _encode(
-    name: str, x: np.ndarray, w: np.ndarray, plan: Plan, out: np.ndarray, run: Callable[..., None]
-) -> None:
+def _encode(name: str, x: np.ndarray, w: np.ndarray, plan: Plan, out: np.ndarray, run: Callable[..., None]) -> None:
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))

@@ -24,9 +24,7 @@ from dynq.errors import DynqError
 _LOCK = RLock()
 _LOCAL = ast.parse("_cuda.local.array", mode="eval").body
 # what numba.cuda has under another name
-_ROUNDINGS = {
-    f"np.{name}": ast.parse(f"_cuda.libdevice.{name}f", mode="eval").body for name in ("rint", "floor")
-}
+_ROUNDINGS = {f"np.{name}": ast.parse(f"_cuda.libdevice.{name}f", mode="eval").body for name in ("rint", "floor")}
 Known = tuple[tuple[str, int], ...]
 
 
@@ -35,7 +33,7 @@ class _Threaded(ast.NodeTransformer):
 
     def __init__(self, function: ast.FunctionDef, known: Mapping[str, int], space: Mapping[str, Any]):
         self.known = {name: value for name, value in known.items() if name not in _changing(function)}
-        self.sizes = {name: value for name, value in space.items() if isinstance(value, int)} | known
+        self.sizes = {name: value for name, value in space.items() if isinstance(value, int)} | dict(known)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if isinstance(node.ctx, ast.Load) and node.id in self.known:
@@ -53,8 +51,10 @@ class _Threaded(ast.NodeTransformer):
             target = node.targets[0]
             fill = ast.parse(f"{ast.unparse(target)}[:] = 0").body if call == "np.zeros" else []
             return [node, *fill]
-        target = node.targets[0]
-        pairs = zip(target.elts, node.value.elts, strict=True) if _both_tuples(target, node.value) else [(target, node.value)]
+        target, value = node.targets[0], node.value
+        pairs: list[tuple[ast.expr, ast.expr]] = [(target, value)]
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            pairs = list(zip(target.elts, value.elts, strict=True))
         for name, value in pairs:
             if isinstance(name, ast.Name) and isinstance(number := self._number(value), int):
                 self.sizes.setdefault(name.id, number)
@@ -81,18 +81,30 @@ def _changing(function: ast.FunctionDef) -> set[str]:
     return {node.id for node in stored if id(node) not in sizes}
 
 
-def _both_tuples(target: ast.expr, value: ast.expr) -> bool:
-    return isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
-
-
 @cache
 def _cuda() -> Any:
     try:
         from numba import cuda
         from numba.cuda.cudadrv import nvvm  # noqa: F401
     except ImportError as error:
-        raise DynqError(f"encoding on a graphics card needs numba-cuda (pip install 'numba-cuda[cu13]'): {error}") from None
+        raise DynqError(
+            f"encoding on a graphics card needs numba-cuda (pip install 'numba-cuda[cu13]'): {error}"
+        ) from None
     return cuda
+
+
+def usable(device: str) -> str:
+    """The device if it is a card that numba can compile for, else `cpu`."""
+    if not device.startswith("cuda"):
+        return "cpu"
+    try:
+        from numba import cuda
+        from numba.cuda.cudadrv import nvvm
+
+        nvvm.NVVM()
+        return device if cuda.is_available() else "cpu"
+    except Exception:  # packages, compiler and driver each have their own errors, and older ones than these
+        return "cpu"
 
 
 @cache

@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from codes import codes
 from threadpoolctl import threadpool_limits
 
-from codes import codes
-from dynq import codec, feedback, formats
+from dynq import codec, feedback
 from dynq.compensate import Metric, encode_rows, on_card, shrunk
 from dynq.kernels import FAMILIES, ON_CARD, scales
 from dynq.kernels.arrays import placed
