@@ -205,7 +205,7 @@ def _encoder(name: str, columns: np.ndarray | None, level: str, on_card: bool) -
         return _FLOATS[name]
     form = formats.get(name)
     w = None if columns is None else columns.reshape(-1, form.block)
-    run = ()
+    run: tuple[Callable[..., None], ...] = ()
     if on_card:
         from dynq.kernels import on_card as card
 

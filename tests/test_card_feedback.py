@@ -1,7 +1,7 @@
 """Error feedback on torch tensors, as a card has it, against the processor's: nearly all codes the same, no more error.
 
-Tensors here lie on the processor (`cpu:0`), so that all but the compiler of the kernels is what a card gets; where there
-is a card it is asked too.
+Tensors here lie on the processor (`cpu:0`), so that all but the compiler of the kernels is what a card gets; where
+there is a card it is asked too.
 """
 
 import numpy as np

@@ -13,6 +13,8 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ def inputs(tokens: int, n: int, seed: int) -> np.ndarray:
     return (rng.standard_normal((tokens, n // 4)) @ mix + rng.standard_normal((tokens, n))).astype(np.float32)
 
 
-def timed(call: Callable[[], np.ndarray], repeats: int) -> tuple[float, float, np.ndarray]:
+def timed(call: Callable[[], Any], repeats: int) -> tuple[float, float, Any]:
     """Seconds of the first call, of the best of the others, and a result."""
     seconds = []
     for _ in range(repeats + 1):
@@ -68,40 +70,36 @@ def main() -> None:
     card = torch.cuda.get_device_name() if given.device != "cpu:0" else "no card: torch on the processor"
     print(f"{card}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores", flush=True)
     for n in map(int, given.sizes.split(",")):
-        weights = (np.random.default_rng(n).standard_t(5, (n, n)) * 0.03).astype(np.float32)
-        domains = [feedback.hessian(inputs(n, n, seed)) for seed in range(4)]
-        h = domains[0].matrix + domains[1].matrix
-        importance = h.diagonal()
-        both = feedback.Hessian(shrunk(h, 0.2), 2 * n)
-        for name in given.formats.split(","):
-            form = scales.grid(name)
-            if "search" in given.levels and FAMILIES[name] in ON_CARD:
+        size(n, given)
 
-                def search(device: str, name: str = name) -> np.ndarray:
-                    return codec.quantize(weights, name, importance, level="search", device=device)
 
-                sides = [timed(lambda d=d: search(d), given.repeats) for d in ("cpu", given.device)]
-                line("search", name, weights, sides, lambda x: codec.weighted_error(weights, x, importance))
-            if "feedback" in given.levels and form is not None:
+def size(n: int, given: argparse.Namespace) -> None:
+    weights = (np.random.default_rng(n).standard_t(5, (n, n)) * 0.03).astype(np.float32)
+    domains = [feedback.hessian(inputs(n, n, seed)) for seed in range(4)]
+    h = domains[0].matrix + domains[1].matrix
+    metric = feedback.Hessian(shrunk(h, 0.2), 2 * n)
+    devices = ("cpu", given.device)
+    for name in given.formats.split(","):
+        form = scales.grid(name)
+        if "search" in given.levels and FAMILIES[name] in ON_CARD:
+            search = partial(codec.quantize, weights, name, h.diagonal(), level="search")
+            sides = [timed(partial(search, device=d), given.repeats) for d in devices]
+            line("search", name, weights, sides, partial(codec.weighted_error, weights, importance=h.diagonal()))
+        if "feedback" in given.levels and form is not None:
+            sides = [timed(partial(fed_back, weights, form, h, d), given.repeats) for d in devices]
+            line("feedback", name, weights, sides, partial(feedback.output_error, weights, inputs=metric))
+    if "profile" in given.levels:
+        profile(weights, h, given)
+    name = given.formats.split(",")[0]
+    for device in devices if "encode" in given.levels else ():
+        whole = partial(feedback.encode, weights, name, domains[:2], domains[2:], device=device)
+        _, best, encoded = timed(whole, 1)
+        print(f"encode   {name:8} {n:5}  {device:5} {best:.2f} s  {encoded.level} {encoded.shrinkage}", flush=True)
 
-                def fed(device: str, form: scales.Grid = form) -> np.ndarray:
-                    with threadpool_limits(1, "blas"):
-                        return feedback._feedback(weights, form, placed(h, device), 0.2, None)
 
-                sides = [timed(lambda d=d: fed(d), given.repeats) for d in ("cpu", given.device)]
-                line("feedback", name, weights, sides, lambda x: feedback.output_error(weights, x, both))
-        if "profile" in given.levels:
-            profile(weights, h, given)
-        for name in given.formats.split(",")[:1] if "encode" in given.levels else []:
-
-            def whole(device: str, name: str = name) -> feedback.Encoded:
-                return feedback.encode(weights, name, domains[:2], domains[2:], device=device)
-
-            for device in ("cpu", given.device):
-                first, best, encoded = timed(lambda d=device: whole(d), 1)
-                print(
-                    f"encode   {name:8} {n:5}  {device:5} {best:.2f} s  {encoded.level} {encoded.shrinkage}", flush=True
-                )
+@threadpool_limits.wrap(limits=1, user_api="blas")
+def fed_back(weights: np.ndarray, form: scales.Grid, h: np.ndarray, device: str) -> np.ndarray:
+    return feedback._feedback(weights, form, placed(h, device), 0.2, None)
 
 
 def profile(weights: np.ndarray, h: np.ndarray, given: argparse.Namespace) -> None:
