@@ -23,7 +23,7 @@ from dynq.kernels import feedback_books as books
 F = np.float32
 NAMES = [name for name in formats.FORMATS if FAMILIES.get(name) in ON_CARD and name != "Q8_0"]
 # one for each way that a kernel is compiled
-DIFFERENT = ("Q4_0", "Q4_1", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_S", "IQ3_S")
+DIFFERENT = ("Q4_0", "Q4_1", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_S", "IQ3_S")
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
 
 
@@ -53,7 +53,7 @@ class Result(np.ndarray):
 def stand_in() -> Iterator[None]:
     cuda, local, libdevice = ModuleType("cuda"), ModuleType("local"), ModuleType("libdevice")
     position = SimpleNamespace(thread=0)
-    local.array, libdevice.rintf, libdevice.floorf = np.empty, np.rint, np.floor
+    local.array, libdevice.rintf, libdevice.floorf, libdevice.fsqrt_rn = np.empty, np.rint, np.floor, np.sqrt
     cuda.local, cuda.libdevice, cuda.grid = local, libdevice, lambda _: position.thread
 
     def jit(function=None, device=False):

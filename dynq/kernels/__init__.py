@@ -19,5 +19,5 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"), ternary),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""
-ON_CARD = (legacy, kquants, iq4, iquants)
+ON_CARD = (legacy, kquants, iq1, iq4, iquants)
 """Families whose `encode` takes who runs the kernels that search: dynq.kernels.on_card, for a graphics card."""

@@ -23,8 +23,11 @@ from dynq.errors import DynqError
 
 _LOCK = RLock()
 _LOCAL = ast.parse("_cuda.local.array", mode="eval").body
-# what numba.cuda has under another name
-_ROUNDINGS = {f"np.{name}": ast.parse(f"_cuda.libdevice.{name}f", mode="eval").body for name in ("rint", "floor")}
+# what numba.cuda has under other names
+_NAMES = {
+    f"np.{name}": ast.parse(f"_cuda.libdevice.{other}", mode="eval").body
+    for name, other in {"rint": "rintf", "floor": "floorf", "sqrt": "fsqrt_rn"}.items()
+}
 Known = tuple[tuple[str, int], ...]
 
 
@@ -41,7 +44,7 @@ class _Threaded(ast.NodeTransformer):
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        return _ROUNDINGS.get(ast.unparse(node), node)
+        return _NAMES.get(ast.unparse(node), node)
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
         call = ast.unparse(node.value.func) if isinstance(node.value, ast.Call) else ""
@@ -57,7 +60,7 @@ class _Threaded(ast.NodeTransformer):
             pairs = list(zip(target.elts, value.elts, strict=True))
         for name, value in pairs:
             if isinstance(name, ast.Name) and isinstance(number := self._number(value), int):
-                self.sizes.setdefault(name.id, number)
+                self.sizes[name.id] = number
         self.generic_visit(node)
         return node
 
@@ -177,7 +180,7 @@ THREADS = 32
 _RESULTS = ("codes", "scales", "mins", "d", "dmin", "m", "integers", "entries", "signs", "levels")
 _SLICES = dict.fromkeys(("x", *_RESULTS), "[t : t + 1]") | {"w": "[t % w.shape[0] : t % w.shape[0] + 1]"}
 # weights that share a scale, where it is no argument and not the whole block
-_SUB = {"fit_symmetric": 16, "fit_super_blocks": 32}
+_SUB = {"fit_symmetric": 16, "fit_super_blocks": 32, "fit": 8}
 
 
 @cache
@@ -211,6 +214,8 @@ def table(array: np.ndarray) -> Any:
 
 
 def _there(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return type(value)(*map(table, value))
     if not isinstance(value, np.ndarray):
         return value
     return table(value) if name in ("values", "entry_at") else _cuda().to_device(np.ascontiguousarray(value))
