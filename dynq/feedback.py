@@ -115,8 +115,8 @@ def encode(
     mean square of all inputs.
     guard: protect domains that were not calibrated. Each fitted domain is left out once and must not lose; this takes
     at least two domains. False where the model will see nothing but what is fitted here.
-    device: as torch names it. On a card sums of matrix products come in another order, so a few codes in a thousand
-    rows of codes may differ from the processor's.
+    device: as torch names it; the processor where a card has no room for the Hessians. On a card sums of products come
+    in another order, so in a few rows of a thousand some codes may differ from the processor's.
 
     Falls back to the better of `search` and `plain`, and says why, for a format without feedback, too few inputs, or
     where inputs kept aside do not gain. The same input gives the same bytes, whatever `threads` is.
@@ -128,7 +128,9 @@ def encode(
         raise DynqError(f"feedback works on matrices [rows, n], got shape {weights.shape}")
     rows, n = weights.shape
     formats.row_bytes(fmt, n)
-    fitted, kept = (_domains(inputs, n, device) for inputs in (fit, aside))
+    domains = [[inputs] if isinstance(inputs, Hessian | np.ndarray) else inputs for inputs in (fit, aside)]
+    device = _with_room(device, n, sum(map(len, domains)))
+    fitted, kept = ([_checked(one, n, device) for one in some] for some in domains)
     both = _sum([*fitted, *kept], n)
     if importance is None and (both.matrix.diagonal().any() or formats.get(fmt).needs_importance):
         importance = host(both.matrix.diagonal())
@@ -232,9 +234,14 @@ def _checked(inputs: Inputs, n: int, device: str) -> Hessian:
     return Hessian(h, inputs.tokens)
 
 
-def _domains(inputs: Inputs | Sequence[Inputs], n: int, device: str) -> list[Hessian]:
-    domains = [inputs] if isinstance(inputs, Hessian | np.ndarray) else inputs
-    return [_checked(one, n, device) for one in domains]
+def _with_room(device: str, n: int, hessians: int) -> str:
+    """The device, or the processor where so many Hessians and what is made of them do not fit."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if (hessians + 8) * 8 * n * n < free else "cpu"
 
 
 def _sum(parts: Sequence[Hessian], n: int) -> Hessian:

@@ -11,7 +11,7 @@ import torch
 from numba.core.dispatcher import Dispatcher
 
 from dynq.kernels import feedback, feedback_books
-from dynq.kernels.on_card import Known, OnCard, table
+from dynq.kernels.on_card import Known, OnCard, shared, table
 
 _COLUMN = "[:, t : t + 1]"
 _SLICES = dict.fromkeys(("w", "P", "step", "offset", "E", "codes"), _COLUMN) | {"best": "[t : t + 1]"}
@@ -27,7 +27,8 @@ def _call(kernel: Dispatcher, known: dict[str, int], *arguments: Any) -> None:
     if not w.is_cuda:
         kernel(*(x.numpy() if isinstance(x, torch.Tensor) else x for x in arguments))
         return
-    given = (table(x) if isinstance(x, np.ndarray) else x for x in arguments)
+    tensors = (shared(x) if isinstance(x, torch.Tensor) else x for x in arguments)
+    given = (table(x) if isinstance(x, np.ndarray) else x for x in tensors)
     _launched(kernel, tuple(sorted(known.items())))(w.shape[1], *given)
 
 

@@ -213,6 +213,11 @@ def table(array: np.ndarray) -> Any:
     return _TABLES[id(array)][1]
 
 
+def shared(tensor: Any) -> Any:
+    """A tensor on the card as numba's own array; nothing is copied, and no stream is waited for."""
+    return _cuda().as_cuda_array(tensor, sync=False)
+
+
 def _there(name: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return type(value)(*map(table, value))
