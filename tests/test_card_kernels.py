@@ -27,6 +27,12 @@ DIFFERENT = ("Q4_0", "Q4_1", "Q2_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ1_S"
 CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphics card")
 
 
+def test_without_numba_cuda_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv", None)
+    with pytest.raises(DynqError, match="need numba-cuda"):
+        codec.quantize(np.ones((1, 32), F), "Q4_0", np.ones(32), device="cuda")
+
+
 class Launch:
     """A launched kernel, one thread after the other."""
 
@@ -119,14 +125,6 @@ def test_a_thread_for_each_row_chooses_the_same(name: str, keep: bool, stand_in:
         found.append((E.view(np.uint32), codes, best))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-def test_without_numba_cuda_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv", None)
-    on_card.device_function.cache_clear()
-    on_card._fit.cache_clear()
-    with pytest.raises(DynqError, match="need numba-cuda"):
-        codec.quantize(np.ones((1, 32), F), "Q4_0", np.ones(32), device="cuda")
 
 
 @CARD

@@ -10,6 +10,7 @@ import ast
 import inspect
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -90,9 +91,9 @@ def _cuda() -> Any:
         from numba import cuda
         from numba.cuda.cudadrv import nvvm  # noqa: F401
     except ImportError as error:
-        raise DynqError(
-            f"encoding on a graphics card needs numba-cuda (pip install 'numba-cuda[cu13]'): {error}"
-        ) from None
+        message = f"encoders on a graphics card need numba-cuda; pip install 'numba-cuda[cu13]': {error}"
+        raise DynqError(message) from None
+    warnings.filterwarnings("ignore", message="Grid size")  # numba would have more threads than there are rows
     return cuda
 
 
@@ -157,17 +158,10 @@ class OnCard:
         space = {"_kernel": device_function(kernel, known), "_grid": _cuda().grid}
         exec(source, space)
         self.launch = _cuda().jit(space["launch"])
-        self.seen: set[tuple[Any, ...]] = set()
 
     def __call__(self, count: int, *arguments: Any) -> None:
-        configured = self.launch[(count + THREADS - 1) // THREADS, THREADS]
-        types = tuple((str(x.dtype), x.ndim) if hasattr(x, "ndim") else type(x) for x in arguments)
-        if types in self.seen:
-            configured(*arguments, count)
-            return
-        with _uncontracted():
-            configured(*arguments, count)
-        self.seen.add(types)
+        with _uncontracted():  # the first call with arrays of one kind compiles
+            self.launch[(count + THREADS - 1) // THREADS, THREADS](*arguments, count)
 
 
 # of a group: rows and blocks can be few, and every processor of a card should have some
@@ -185,8 +179,7 @@ _SUB = {"fit_symmetric": 16, "fit_super_blocks": 32, "fit": 8}
 
 @cache
 def _fit(kernel: Dispatcher, known: Known) -> OnCard:
-    with _LOCK:
-        return OnCard(kernel, known, _SLICES)
+    return OnCard(kernel, known, _SLICES)
 
 
 def run(kernel: Dispatcher, *arguments: Any) -> None:
@@ -198,7 +191,9 @@ def run(kernel: Dispatcher, *arguments: Any) -> None:
     known |= {"GROUP": 1, "LANES": lanes, "lanes": lanes, "width": given["x"].shape[1]}
     results = {name: cuda.device_array_like(value) for name, value in given.items() if name in _RESULTS}
     rest = {name: _there(name, value) for name, value in given.items() if name not in _RESULTS}
-    _fit(kernel, tuple(sorted(known.items())))(len(given["x"]), *((rest | results)[name] for name in given))
+    with _LOCK:  # threads that ask at the same time wait for one
+        fit = _fit(kernel, tuple(sorted(known.items())))
+    fit(len(given["x"]), *((rest | results)[name] for name in given))
     for name, result in results.items():
         result.copy_to_host(given[name])
 

@@ -13,6 +13,7 @@ one whose weights are chosen together with a `Book` too.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -84,6 +85,7 @@ class Grid:
         return self.top == 0
 
 
+@cache
 def grid(name: str) -> Grid | None:
     """The grid of a format, None where error feedback does not know the format."""
     block = formats.get(name).block
