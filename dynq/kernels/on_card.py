@@ -126,7 +126,7 @@ def device_function(kernel: Dispatcher, known: Known) -> Any:
             space[name] = device_function(space[name], known)
     space["_cuda"] = _cuda()
     exec(compile(tree, inspect.getsourcefile(function) or "", "exec"), space)
-    return _cuda().jit(device=True)(space[function.__name__])
+    return _cuda().jit(space[function.__name__], device=True, lto=False)
 
 
 @contextmanager
@@ -157,7 +157,8 @@ class OnCard:
         source = f"def launch({given}):\n    t = _grid(1)\n    if t < _count:\n        _kernel({passed})\n"
         space = {"_kernel": device_function(kernel, known), "_grid": _cuda().grid}
         exec(source, space)
-        self.launch = _cuda().jit(space["launch"])
+        # compiled at once: a linker that optimises would contract what NVVM is told not to (_uncontracted)
+        self.launch = _cuda().jit(space["launch"], lto=False)
 
     def __call__(self, count: int, *arguments: Any) -> None:
         with _uncontracted():  # the first call with arrays of one kind compiles
