@@ -28,7 +28,7 @@ CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a graphic
 
 
 def test_without_numba_cuda_it_is_said_what_is_missing(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "numba.cuda.cudadrv", None)
+    monkeypatch.setitem(sys.modules, "numba_cuda", None)
     with pytest.raises(DynqError, match="need numba-cuda"):
         codec.quantize(np.ones((1, 32), F), "Q4_0", np.ones(32), device="cuda")
 

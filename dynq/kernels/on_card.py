@@ -88,8 +88,8 @@ def _changing(function: ast.FunctionDef) -> set[str]:
 @cache
 def _cuda() -> Any:
     try:
+        import numba_cuda  # noqa: F401 (what numba has of its own is older)
         from numba import cuda
-        from numba.cuda.cudadrv import nvvm  # noqa: F401
     except ImportError as error:
         message = f"encoders on a graphics card need numba-cuda; pip install 'numba-cuda[cu13]': {error}"
         raise DynqError(message) from None
@@ -102,7 +102,7 @@ def usable(device: str) -> str:
     if not device.startswith("cuda"):
         return "cpu"
     try:
-        from numba import cuda
+        cuda = _cuda()
         from numba.cuda.cudadrv import nvvm
 
         nvvm.NVVM()
