@@ -43,7 +43,7 @@ def quantize(
     errs less on any tensor of some size, though not in every single block.
     threads: default all cores; the bytes do not depend on it.
     device: where scales are searched, as torch names it; on a card for the families in dynq.kernels.ON_CARD, other
-    formats stay on the processor. The bytes do not depend on it either.
+    formats stay on the processor. Nearly all codes are the same on both (dynq.kernels.on_card).
     DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
     """

@@ -2,7 +2,8 @@
 
 Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, out)`` over whole blocks: x float32
 [blocks, block], finite; w float32 [blocks of a row, block], the importance of mean 1, all above 0, or None; level
-`plain` or `search`; data and out uint8 [blocks, block_bytes].
+`plain` or `search`; data and out uint8 [blocks, block_bytes]. Those in ON_CARD take one argument more, who runs the
+kernels that search.
 """
 
 from types import ModuleType

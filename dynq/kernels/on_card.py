@@ -3,7 +3,8 @@
 A kernel works on blocks or rows side by side, in lanes. On a card every thread has one lane, so the constants that
 count lanes become 1, and arrays of scratch become arrays of a thread's own, of sizes that must be known: that is all
 that is changed in a source. Products are not contracted with sums (NVVM would, by default), division and square roots
-are exact, and no sum is reordered: the card gives the same bytes as the processor.
+are exact, and no sum is reordered, so that the card's bytes should be the processor's. (With contraction an H100 gave
+99.88 % of Q4_K's codes alike, and more than 99.99 % of IQ4_XS's and IQ3_S's.)
 """
 
 import ast
