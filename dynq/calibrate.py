@@ -33,6 +33,9 @@ from dynq.recorder import HEAD, Recorder
 from dynq.text import encode, prompts
 from dynq.torch_model import load_model, load_tokenizer
 
+ON_CARD = 2
+"""Sequences at once on a graphics card: it computes one while the other's samples are drawn and written."""
+
 
 def calibrate(
     checkpoint: Checkpoint,
@@ -47,10 +50,10 @@ def calibrate(
 ) -> Importance:
     """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
 
-    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint; threads: sequences that are
-    computed at once on a CPU; keep: Fisher samples per layer over all sequences; source: said in the imatrix as its
-    data set. Sequences that are there already are not computed again, so an interrupted calibration goes on where it
-    stopped: the caller clears ``fisher/`` when the inputs have changed.
+    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint, in float32 or bfloat16;
+    threads: sequences that are computed at once on a CPU; keep: Fisher samples per layer over all sequences; source:
+    said in the imatrix as its data set. Sequences that are there already are not computed again, so an interrupted
+    calibration goes on where it stopped: the caller clears ``fisher/`` when the inputs have changed.
 
     A model whose layers are read one by one (`layerwise.reader`) is computed layer by layer: a part of ``fisher/`` for
     each sequence and layer, the same samples in all. Cut off, it begins anew.
@@ -63,7 +66,7 @@ def calibrate(
         parameter.requires_grad_(False)
     job = _Job(checkpoint, model, tokens, fisher, seed, -(-keep // len(tokens)))
     reader = layerwise.reader(model)
-    with one_thread_each(threads if model.device.type == "cpu" else 1) as workers:
+    with one_thread_each(threads if model.device.type == "cpu" else ON_CARD) as workers:
         if reader:
             _layer_by_layer(job, reader, workers, folder)
         else:

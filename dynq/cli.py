@@ -80,6 +80,10 @@ def run(
         str | None, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where the model is computed: cpu, or a graphics card: cuda, cuda:1. Default: cpu."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
@@ -106,6 +110,7 @@ def run(
         "search": search,
         "max_shard_size": max_shard_size,
         "seed": seed,
+        "device": device,
         "threads": threads,
         "allow_requantize": allow_requantize or None,
     }
@@ -267,6 +272,9 @@ def evaluate(
     ] = None,
     write_logits: Annotated[Path | None, typer.Option(help="Write the original's logits in that format.")] = None,
     seed: Annotated[int, typer.Option(help="Of text that is sampled.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Where the models are computed: cpu, or a graphics card: cuda, cuda:1.")
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
@@ -297,14 +305,16 @@ def evaluate(
     if not paths:
         raise DynqError("no file to measure; give the original and then one or more GGUF files")
 
+    from dynq.devices import check_device
     from dynq.evaluate import files as measure
     from dynq.evaluate.tasks import Asked
     from dynq.report import write_files_report
 
     measure.set_threads(threads)
+    check_device(device)
     try:
         if logits is not None:
-            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine)
+            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine, device=device)
         else:
             evaluation = measure.against_original(
                 files[0],
@@ -320,6 +330,7 @@ def evaluate(
                 asked=Asked(mmlu or "", mmlu_limit, greedy, where, in_engine),
                 allow_requantize=allow_requantize,
                 threads=threads,
+                device=device,
             )
     except KeyboardInterrupt:
         print("dynq: interrupted; the same command goes on from here", file=sys.stderr)

@@ -141,11 +141,12 @@ class RunFolder:
         n_chunks: int,
         seed: int,
         name: str = "text",
+        device: str = "cpu",
     ) -> dict[str, Any]:
         """The tokens of one split, made once, as ``<split>-text.json``: description, sha256, domains, tokens.
 
         split, spec, n_ctx, n_chunks, seed: as `dynq.text.load_text` takes them; model: gives the original, called only
-        if the text must be sampled; name: what the user calls `spec`, for messages.
+        if the text must be sampled, and device: where that is; name: what the user calls `spec`, for messages.
         """
         from dynq.text import check_held_out, load_text, text_files
         from dynq.torch_model import load_tokenizer
@@ -161,6 +162,7 @@ class RunFolder:
             check_held_out(calibrated.get("text", ""), spec)
         file = f"{split}-text.json"
         settings = {name: spec, "n_ctx": n_ctx, "n_chunks": n_chunks, "seed": seed}
+        settings |= {} if files else {"device": device}
         with self.step(f"{split}-text", parameters=settings, inputs=inputs, outputs=[file]) as todo:
             if todo:
                 text = load_text(

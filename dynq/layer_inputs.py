@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from dynq import feedback
 from dynq.checkpoint import Checkpoint
+from dynq.devices import free
 from dynq.encoding import Stream, quantize_tensor
 from dynq.errors import DynqError
 from dynq.files import replacing
@@ -183,6 +184,7 @@ def collect(
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     head = model.get_output_embeddings() in modules.values()
     labels = list(dict.fromkeys(domains))
+    place = _place(model, modules, len(labels))
     sums: dict[tuple[str, str, bool], torch.Tensor] = {}
     counts: dict[tuple[str, bool], int] = {}
     shared: dict[str, str] = {}
@@ -196,7 +198,8 @@ def collect(
                 shared = {name: first.setdefault(x.data_ptr(), name) for name, x in inputs.items()}
                 for name in first.values():
                     x, key = inputs[name].float(), (name, domain, aside)
-                    sums[key] = (x.T @ x).cpu() + sums[key] if key in sums else (x.T @ x).cpu()
+                    added = (x.T @ x).to(place)
+                    sums[key] = sums[key].add_(added) if key in sums else added
                 counts[domain, aside] = counts.get((domain, aside), 0) + ids.numel()
                 inputs.clear()
                 bar.update(len(rows))
@@ -206,12 +209,19 @@ def collect(
 
     def of(name: str, aside: bool) -> list[feedback.Hessian]:
         keys = [(domain, aside) for domain in labels if (domain, aside) in counts]
-        return [feedback.Hessian(sums[shared[name], *key].numpy(), counts[key]) for key in keys]
+        return [feedback.Hessian(sums[shared[name], *key].cpu().numpy(), counts[key]) for key in keys]
 
     missing = [name for name in modules if name not in shared]
     if missing:
         raise DynqError(f"{missing[0]}: the model does not call this layer")
     return {name: (of(name, False), of(name, True)) for name in modules}
+
+
+def _place(model: Any, modules: Mapping[str, torch.nn.Linear], domains: int) -> Any:
+    """Where sums are kept: on the model's card, where they take no more than half of what is free there."""
+    most = sum(2 * domains * 4 * module.in_features**2 for module in modules.values())
+    on_card = model.device.type == "cuda" and 2 * most < free(model.device)
+    return model.device if on_card else "cpu"
 
 
 def kept_aside(domains: Sequence[str]) -> np.ndarray:

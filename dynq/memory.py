@@ -19,8 +19,15 @@ _BESIDES = 0.75  # of the memory may be weights: activations, Hessians and the i
 _CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 
 
-def available() -> int:
-    """Bytes of memory that this process can have: what is free, within the limits of its container and the user's."""
+def available(device: str = "cpu") -> int:
+    """Bytes of memory that this process can have: what is free, within the limits of its container and the user's.
+
+    device: a card has its own memory, all that is free.
+    """
+    if device != "cpu":
+        from dynq.devices import free  # imports torch
+
+        return free(device)
     limits = [_free()]
     for name in _CGROUPS:
         if container := _number(Path("/sys/fs/cgroup") / name):
@@ -33,15 +40,15 @@ def available() -> int:
     return min(limits)
 
 
-def resident(checkpoint: Checkpoint) -> int:
-    """Bytes of a model's weights in float32."""
-    return 4 * checkpoint.n_weights
+def resident(checkpoint: Checkpoint, dtype: str = "float32") -> int:
+    """Bytes of a model's weights."""
+    return (4 if dtype == "float32" else 2) * checkpoint.n_weights
 
 
-def fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
+def fits(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32", *, copies: int = 1) -> bool:
     """Whether a model can be in memory as a whole, so many times; else its layers are read when they are called
     (`layerwise`)."""
-    return copies * resident(checkpoint) <= _BESIDES * available()
+    return copies * resident(checkpoint, dtype) <= _BESIDES * available(device)
 
 
 def _free() -> int:

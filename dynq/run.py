@@ -185,6 +185,11 @@ def check_sizes(tasks: Iterable[Task]) -> list[str]:
     from dynq.text import check_held_out
 
     steps = {task.step: task.parameters for task in tasks}
+    if devices := {own["device"] for own in steps.values()} - {"cpu"}:
+        from dynq.devices import check_device  # imports torch
+
+        for device in sorted(devices):
+            check_device(device)
     codec.check_level(steps["sensitivity"]["level"])
     for step, own in steps.items():
         if step.startswith("export."):

@@ -333,8 +333,9 @@ class Bench:
         architecture, shape = self.checkpoint.architecture, self.fisher.shapes[self.fisher.unit[name]]
         weight, here = self.checkpoint.read(name), self.decoded(name, present)
         is_head = name == HEAD or (self.checkpoint.tied and name == "token_embd.weight")
-        head = self.fisher.samples(HEAD) if is_head else None
-        samples = self.fisher.samples(name) if name != HEAD else None
+        place = gradient.device
+        head = self.fisher.samples(HEAD, place) if is_head else None
+        samples = self.fisher.samples(name, place) if name != HEAD else None
         result = {present: 0.0}
         for fmt in (o.format for o in options if o.format != present):
             there = self.decoded(name, fmt)
@@ -342,15 +343,16 @@ class Bench:
             if samples is not None:
                 for f, w in ((present, here), (fmt, there)):
                     if (name, f) not in self._projected:
-                        error = parameter_error(architecture, name, w - weight, shape)
+                        error = parameter_error(architecture, name, w - weight, shape).to(place)
                         self._projected[name, f] = samples.projections(error)
                 moved = self._projected[name, fmt] - self._projected[name, present]
                 factor = self._factors[self.checkpoint.tensors[name].kind]
                 second += factor * float((0.5 * samples.weight * moved.square()).sum())
-            change = torch.from_numpy(there - here)
+            change = torch.from_numpy(there - here).to(place)
             if head is not None:
-                second += head_divergence(torch.from_numpy(weight), change, head, architecture.logits)[0]
-            first = float((gradient.cpu().double() * change.double()).sum())
+                own = torch.from_numpy(weight).to(place)
+                second += head_divergence(own, change, head, architecture.logits)[0]
+            first = float((gradient.double() * change.double()).sum())
             result[fmt] = first + second / self.fisher.tokens
         return result
 

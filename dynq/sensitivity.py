@@ -76,7 +76,7 @@ def head_divergence(
         d = logits(z + (samples.x[rows] @ error.T).double()) - logits(z)
         log_p = torch.log_softmax(logits(z), dim=-1)
         terms.append(torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1))
-    weighted = samples.weight * torch.cat(terms).cpu()
+    weighted = samples.weight * torch.cat(terms)
     return float(weighted.sum()), float(weighted.square().sum().sqrt())
 
 

@@ -275,14 +275,14 @@ def answer_batch(
                 inputs["logits_to_keep"] = 1
             output = model(**inputs, use_cache=True)
             cache = output.past_key_values
-            logits = output.logits[:, -1].float().cpu()
+            logits = output.logits[:, -1].float()
             if generator is None:
-                ids = logits.argmax(-1, keepdim=True)
+                ids = logits.argmax(-1, keepdim=True).cpu()
             else:
                 # inverse of the distribution function: five times as fast as torch.multinomial
                 sums = logits.softmax(-1).cumsum(-1)
-                drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
-                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+                drawn = torch.rand(len(rows), 1, generator=generator).to(sums.device) * sums[:, -1:]
+                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1).cpu()
             if bar is not None:
                 bar.update(max(0, min(bar.total - bar.n, len(open_rows) + (sum(map(len, encoded)) if first else 0))))
             first = False

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from dynq import memory, tokenizer
 from dynq.checkpoint import Checkpoint
+from dynq.devices import CPU, check_device
 from dynq.errors import DynqError
 from dynq.layerwise import Reader, reader
 from dynq.progress import progress
@@ -22,7 +23,7 @@ def load_model(
     weights: Iterable[tuple[str, np.ndarray]] | None = None,
     dtype: str = "float32",
     *,
-    device: str = "cpu",
+    device: str = CPU,
     streamed: bool | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> Any:
@@ -33,9 +34,9 @@ def load_model(
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
-        device: "cpu", "cuda" or what else torch knows.
+        device: "cpu", or a card: "cuda", "cuda:1".
         streamed: whether each decoder layer is read when it is called, see `dynq.layerwise`; by default where the
-            model does not fit into memory.
+            model does not fit into the memory of the device.
         read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
 
     Raises:
@@ -51,6 +52,7 @@ def load_model(
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     # sdpa has no soft cap; None is sdpa where the model can use it
     attention = "eager" if settings.get("attn_logit_softcapping") else None
+    check_device(device)
     _check_size(checkpoint, config)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
@@ -61,15 +63,18 @@ def load_model(
     checkpoint.architecture.complete(model)
     names, read = list(checkpoint.tensors), read or checkpoint.read
     if streamed is None:
-        streamed = weights is None and not memory.fits(checkpoint)
-    check_device(device)
+        streamed = weights is None and not memory.fits(checkpoint, device, dtype)
     if streamed:
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
         # what was allocated above was never written to, so it has taken no memory
         Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
         names = [name for name in names if checkpoint.tensors[name].layer is None]
-    model.to(device)
+    if device != CPU:
+        for parameter in model.parameters():  # nothing is in them yet that would have to be copied
+            parameter.data = torch.empty_like(parameter, device=device)
+        model.to(device)  # its buffers
+        torch.backends.cudnn.allow_tf32 = False  # as it is for products: see `dynq.devices`
     if weights is None:
         weights = ((name, read(name)) for name in names)
     filled = set()
@@ -94,19 +99,10 @@ def _check_size(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """DynqError where torch has no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
-
-
 def check_in_memory(model: Any, what: str) -> None:
     """DynqError where the layers of a model are read one by one and `what` would read all of them over and over."""
     if reader(model):
-        limit = f"in memory, which the model does not fit into ({memory.available() / 2**30:.1f} GiB)"
+        limit = f"in memory, which the model does not fit into ({memory.available(str(model.device)) / 2**30:.1f} GiB)"
         raise DynqError(f"{what} needs the model {limit}; leave it out, or take a larger machine")
 
 

@@ -156,7 +156,7 @@ def tuned(
     aside = kept_aside(domains)
     told: dict[str, Any]
     if aside.any() and not aside.all():
-        rate = CODES if codes and fits(checkpoint, COPIES) else 0.0
+        rate = CODES if codes and fits(checkpoint, str(teacher.device), copies=COPIES) else 0.0
         found = tune(
             checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate, folder=folder
         )
@@ -310,7 +310,7 @@ class _Search:
     ):
         self.codes_rate = codes_rate
         self.checkpoint, self.tensors, self.fit, self.aside = checkpoint, tensors, fit, aside
-        self.model = load_model(checkpoint, self._decoded(tensors)).to(device)
+        self.model = load_model(checkpoint, self._decoded(tensors), device=str(device))
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         errors = {name: self._error(name) for name in tensors if checkpoint.tensors[name].quantizable}

@@ -86,11 +86,12 @@ class Torch:
         return kld.make_reference(self._model, self._tokens, path, desc="original")
 
     def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
+        device = str(self._model.device)
         if file:
-            quantized = load_model(open_checkpoint(file, allow_requantize=True))
+            quantized = load_model(open_checkpoint(file, allow_requantize=True), device=device)
         else:
             read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
-            quantized = load_model(self._checkpoint, read=read)
+            quantized = load_model(self._checkpoint, read=read, device=device)
         scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
         return {"statistics": kld.statistics(scores)} | asdict(arithmetic)
 

@@ -1,0 +1,36 @@
+"""Where a model is computed: the processor, or a graphics card.
+
+A card calibrates in bfloat16: samples of a Fisher matrix are noisy by a few percent anyway, of which rounding adds a
+fraction, without a bias. All that is measured by small differences stays float32, without the 10-bit products
+(TF32) that cards have for it: divergences of good files, tuned scales, swaps.
+"""
+
+import torch
+
+from dynq.errors import DynqError
+
+CPU = "cpu"
+
+
+def check_device(device: str) -> None:
+    """DynqError where torch has no such device, or one that cannot do what dynq asks of it."""
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and torch.cuda.is_available() and (place.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()}, counted from 0")
+        torch.zeros(1, dtype=torch.float64, device=place).item()  # meta has no values, mps no float64
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # torch without CUDA asserts
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
+
+
+def calibration_dtype(device: str) -> str:
+    """What a model is held in to be calibrated, as `load_model` takes it."""
+    kind = torch.device(device).type
+    return "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+def free(device: torch.device | str) -> int:
+    """Bytes that tensors can still take on a card."""
+    of_all, _ = torch.cuda.mem_get_info(device)
+    return of_all + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
