@@ -207,12 +207,13 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
             write(0, i, entered[i].hidden)
         steps = (2 * len(layers) + 1) * len(everyone)
         with progress(total=steps, desc="calibrate layer by layer", unit="step") as bar:
+            last = len(layers) - 1
             for layer in range(len(layers)):
-                reader.load(layer)
+                reader.load(layer, layer + 1 if layer < last else last - 1)
                 each(workers, forward(layer), everyone, bar)
             each(workers, head, everyone, bar)
             for layer in reversed(range(len(layers))):
-                reader.load(layer)
+                reader.load(layer, layer - 1)
                 each(workers, backward(layer), everyone, bar)
         for i in everyone:
             entered[i].hidden.backward(read(0, i))

@@ -68,7 +68,7 @@ def load_model(
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
         # what was allocated above was never written to, so it has taken no memory
-        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
+        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)), device)
         names = [name for name in names if checkpoint.tensors[name].layer is None]
     if device != CPU:
         for parameter in model.parameters():  # nothing is in them yet that would have to be copied
@@ -124,8 +124,11 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
     if _counted(wanted) != _counted(array.shape):
         raise DynqError(f"tensor {gguf_name}: shape {array.shape}, but config.json implies {wanted}")
     values = checkpoint.architecture.to_torch(gguf_name, array)
+    held = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if target.is_cuda:
+        held = held.pin_memory().to(target.device, non_blocking=True)
     with torch.no_grad():
-        slot.put(target, torch.from_numpy(np.require(values, requirements=["C", "W"])).to(target.device))
+        slot.put(target, held)
 
 
 def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:
