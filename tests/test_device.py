@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynq import calibrate as calibration
-from dynq import codec, devices
+from dynq import codec, devices, layerwise
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
@@ -172,3 +172,22 @@ def test_a_card_samples_text(tiny: Checkpoint) -> None:
     model = load_model(tiny, device="cuda", dtype=devices.calibration_dtype("cuda"))
     text = load_text("sampled", load_tokenizer(tiny), n_ctx=32, n_chunks=2, seed=0, model=model)
     assert text.tokens.shape == (2, 32)
+
+
+@needs_card
+def test_layers_are_read_onto_a_card_while_others_compute(tiny: Checkpoint, tokens: np.ndarray, tmp_path: Path) -> None:
+    whole, streamed = (load_model(tiny, device="cuda", streamed=streamed) for streamed in (False, True))
+    ids = torch.from_numpy(tokens.astype(np.int64)).to("cuda")
+    with torch.inference_mode():
+        for _ in range(20):  # a copy that nobody waited for would show now and then
+            assert torch.equal(streamed(ids).logits, whole(ids).logits)
+        hidden = layerwise.through(streamed, tokens)
+        ours = torch.cat([layerwise.leave(streamed, one) for one in hidden])
+        theirs = torch.cat([whole(one[None]).logits for one in ids])
+    assert torch.equal(ours, theirs)
+    kept = []
+    for model, name in ((whole, "whole"), (streamed, "streamed")):
+        (tmp_path / name).mkdir()
+        importance = calibration.calibrate(tiny, model, tokens, tmp_path / name, keep=tokens.size)
+        kept.append(np.concatenate([importance.sums[tensor].ravel() for tensor in importance.sums]))
+    np.testing.assert_allclose(kept[1], kept[0], rtol=1e-4)
