@@ -82,7 +82,7 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where the model is computed: cpu, or a graphics card: cuda, cuda:1. Default: cpu."),
+        typer.Option(help="Where the model is computed: cpu, cuda, cuda:1, or auto: one card or all. Default: cpu."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     parameter: Annotated[
@@ -273,7 +273,7 @@ def evaluate(
     write_logits: Annotated[Path | None, typer.Option(help="Write the original's logits in that format.")] = None,
     seed: Annotated[int, typer.Option(help="Of text that is sampled.")] = 0,
     device: Annotated[
-        str, typer.Option(help="Where the models are computed: cpu, or a graphics card: cuda, cuda:1.")
+        str, typer.Option(help="Where the models are computed: cpu, cuda, cuda:1, or auto: one card or all.")
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     allow_requantize: Annotated[

@@ -1,4 +1,4 @@
-"""Where a model is computed: the processor, or a graphics card.
+"""Where a model is computed: the processor, a graphics card, or "auto": one card or all, whatever the model takes.
 
 A card calibrates in bfloat16: samples of a Fisher matrix are noisy by a few percent anyway, of which rounding adds a
 fraction, without a bias. All that is measured by small differences stays float32, without the 10-bit products
@@ -9,13 +9,23 @@ import torch
 
 from dynq.errors import DynqError
 
-CPU = "cpu"
+CPU, AUTO = "cpu", "auto"
+
+
+def cards() -> list[str]:
+    """The graphics cards of this machine."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def one(device: str) -> str:
+    """A single device: the first card where that is left open, the processor where there is none."""
+    return (cards() or [CPU])[0] if device == AUTO else device
 
 
 def check_device(device: str) -> None:
     """DynqError where torch has no such device, or one that cannot do what dynq asks of it."""
     try:
-        place = torch.device(device)
+        place = torch.device(one(device))
         if place.type == "cuda" and torch.cuda.is_available() and (place.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()}, counted from 0")
         torch.zeros(1, dtype=torch.float64, device=place).item()  # meta has no values, mps no float64
@@ -26,7 +36,7 @@ def check_device(device: str) -> None:
 
 def calibration_dtype(device: str) -> str:
     """What a model is held in to be calibrated, as `load_model` takes it."""
-    kind = torch.device(device).type
+    kind = torch.device(one(device)).type
     return "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 

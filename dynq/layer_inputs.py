@@ -184,7 +184,7 @@ def collect(
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
     head = model.get_output_embeddings() in modules.values()
     labels = list(dict.fromkeys(domains))
-    place = _place(model, modules, len(labels))
+    on_card = _on_card(modules, len(labels))
     sums: dict[tuple[str, str, bool], torch.Tensor] = {}
     counts: dict[tuple[str, bool], int] = {}
     shared: dict[str, str] = {}
@@ -198,7 +198,7 @@ def collect(
                 shared = {name: first.setdefault(x.data_ptr(), name) for name, x in inputs.items()}
                 for name in first.values():
                     x, key = inputs[name].float(), (name, domain, aside)
-                    added = (x.T @ x).to(place)
+                    added = x.T @ x if on_card else (x.T @ x).cpu()
                     sums[key] = sums[key].add_(added) if key in sums else added
                 counts[domain, aside] = counts.get((domain, aside), 0) + ids.numel()
                 inputs.clear()
@@ -217,11 +217,11 @@ def collect(
     return {name: (of(name, False), of(name, True)) for name in modules}
 
 
-def _place(model: Any, modules: Mapping[str, torch.nn.Linear], domains: int) -> Any:
-    """Where sums are kept: on the model's card, where they take no more than half of what is free there."""
+def _on_card(modules: Mapping[str, torch.nn.Linear], domains: int) -> bool:
+    """Whether sums are kept where layers are computed: on a card, if they take no more than half of what is free."""
     most = sum(2 * domains * 4 * module.in_features**2 for module in modules.values())
-    on_card = model.device.type == "cuda" and 2 * most < free(model.device)
-    return model.device if on_card else "cpu"
+    cards = {module.weight.device for module in modules.values()}
+    return all(card.type == "cuda" and 2 * most < free(card) for card in cards)
 
 
 def kept_aside(domains: Sequence[str]) -> np.ndarray:

@@ -22,12 +22,13 @@ _CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 
 def available(device: str = "cpu") -> int:
     """Bytes of memory that this process can have: what is free, within the limits of its container and the user's.
 
-    device: a card has its own memory, all that is free.
+    device: a card has its own memory, all that is free; "auto": that of all cards.
     """
     if device != "cpu":
-        from dynq.devices import free  # imports torch
+        from dynq.devices import AUTO, cards, free  # imports torch
 
-        return free(device)
+        if all_of := cards() if device == AUTO else [device]:
+            return sum(map(free, all_of))
     limits = [_free()]
     for name in _CGROUPS:
         if container := _number(Path("/sys/fs/cgroup") / name):
@@ -49,6 +50,18 @@ def fits(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32", *,
     """Whether a model can be in memory as a whole, so many times; else its layers are read when they are called
     (`layerwise`)."""
     return copies * resident(checkpoint, dtype) <= _BESIDES * available(device)
+
+
+def places(checkpoint: Checkpoint, device: str, dtype: str = "float32") -> list[str]:
+    """The devices that a model goes to: one, or with "auto" all cards, where no single one takes it and they do."""
+    from dynq.devices import AUTO, CPU, cards  # imports torch
+
+    if device != AUTO:
+        return [device]
+    if alone := [card for card in cards() if fits(checkpoint, card, dtype)]:
+        return alone[:1]
+    together = checkpoint.architecture.layers_apart and fits(checkpoint, AUTO, dtype)
+    return (cards() if together else cards()[:1]) or [CPU]
 
 
 def _free() -> int:

@@ -297,7 +297,7 @@ def answer_batch(
                 keep = torch.tensor([at for at, row in enumerate(rows) if row in open_rows])
                 rows = [rows[at] for at in keep.tolist()]
                 ids, mask, positions = ids[keep], mask[keep], positions[keep]
-                cache.batch_select_indices(keep.to(device))
+                cache.batch_select_indices(keep)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
 

@@ -12,10 +12,11 @@ from transformers.initialization import no_init_weights
 
 from dynq import memory, tokenizer
 from dynq.checkpoint import Checkpoint
-from dynq.devices import CPU, check_device
+from dynq.devices import AUTO, CPU, check_device
 from dynq.errors import DynqError
 from dynq.layerwise import Reader, reader
 from dynq.progress import progress
+from dynq.spread import put, spread
 
 
 def load_model(
@@ -34,7 +35,7 @@ def load_model(
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
-        device: "cpu", or a card: "cuda", "cuda:1".
+        device: "cpu", a card ("cuda", "cuda:1"), or "auto": a card, or all of them where only they take the model.
         streamed: whether each decoder layer is read when it is called, see `dynq.layerwise`; by default where the
             model does not fit into the memory of the device.
         read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
@@ -62,18 +63,20 @@ def load_model(
     model.tie_weights()
     checkpoint.architecture.complete(model)
     names, read = list(checkpoint.tensors), read or checkpoint.read
+    places = memory.places(checkpoint, device, dtype)
     if streamed is None:
-        streamed = weights is None and not memory.fits(checkpoint, device, dtype)
+        streamed = weights is None and len(places) == 1 and not memory.fits(checkpoint, places[0], dtype)
     if streamed:
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
         # what was allocated above was never written to, so it has taken no memory
-        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)), device)
+        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)), places[0])
         names = [name for name in names if checkpoint.tensors[name].layer is None]
-    if device != CPU:
-        for parameter in model.parameters():  # nothing is in them yet that would have to be copied
-            parameter.data = torch.empty_like(parameter, device=device)
-        model.to(device)  # its buffers
+    if len(places) > 1 and not streamed:
+        spread(model, places)
+    elif places[0] != CPU:
+        put(model, places[0])
+    if places[0] != CPU:
         torch.backends.cudnn.allow_tf32 = False  # as it is for products: see `dynq.devices`
     if weights is None:
         weights = ((name, read(name)) for name in names)
@@ -99,10 +102,15 @@ def _check_size(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
+def device_of(model: Any) -> str:
+    """Where another model of this kind is to be loaded: as `load_model` takes it."""
+    return AUTO if hasattr(model, "spread_over") else str(model.device)
+
+
 def check_in_memory(model: Any, what: str) -> None:
     """DynqError where the layers of a model are read one by one and `what` would read all of them over and over."""
     if reader(model):
-        limit = f"in memory, which the model does not fit into ({memory.available(str(model.device)) / 2**30:.1f} GiB)"
+        limit = f"in memory, which the model does not fit into ({memory.available(device_of(model)) / 2**30:.1f} GiB)"
         raise DynqError(f"{what} needs the model {limit}; leave it out, or take a larger machine")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynq import calibrate as calibration
-from dynq import codec, devices, layerwise
+from dynq import codec, devices, layerwise, memory
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
@@ -18,11 +18,13 @@ from dynq.imatrix import Importance
 from dynq.layer_inputs import _modules, collect
 from dynq.run import check_sizes, plan
 from dynq.sensitivity import quadratic_form, sensitivity
+from dynq.spread import shares
 from dynq.text import load_text
-from dynq.torch_model import load_model, load_tokenizer
+from dynq.torch_model import device_of, load_model, load_tokenizer
 from dynq.tune import tune
 
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no graphics card here")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two graphics cards here")
 needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a graphics card")
 
 
@@ -124,6 +126,67 @@ def test_bfloat16_keeps_importance_and_sensitivities(tiny: Checkpoint, tokens: n
 
 def test_a_processor_calibrates_in_float32() -> None:
     assert devices.calibration_dtype("cpu") == "float32"
+
+
+# --- several cards ----------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_dealt_out_in_order() -> None:
+    assert shares([10] * 6, 0, [100, 100]) == [0, 0, 0, 1, 1, 1]
+    assert shares([10] * 6, 0, [200, 100]) == [0, 0, 0, 0, 1, 1]
+    assert shares([10] * 6, 20, [100, 100]) == [0, 0, 1, 1, 1, 1]  # what is beside the layers is on the first
+    assert shares([10] * 4, 1000, [100, 100]) == [1, 1, 1, 1]
+    assert shares([10] * 4, 0, [100]) == [0, 0, 0, 0]
+    for sizes in ([7, 9, 30, 4, 4, 11, 2], [1] * 61):
+        for room in ([5, 6, 7], [80, 80, 80, 80]):
+            dealt = shares(sizes, 3, room)
+            assert dealt == sorted(dealt) and set(dealt) == set(range(len(room)))
+            for card, own in enumerate(room):
+                held = sum(size for size, at in zip(sizes, dealt, strict=True) if at == card)
+                assert held <= own / sum(room) * (3 + sum(sizes)) + max(sizes)
+
+
+def test_auto_takes_one_card_where_that_is_enough(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = memory.resident(tiny)
+    for free, places in (
+        ([], ["cpu"]),
+        ([2 * need, 2 * need], ["cuda:0"]),
+        ([need // 2, 2 * need], ["cuda:1"]),
+        ([need, need], ["cuda:0", "cuda:1"]),
+        ([need // 2, need // 2], ["cuda:0"]),  # all of them are too small: layers are read when they are called
+    ):
+        cards = {f"cuda:{i}": room for i, room in enumerate(free)}
+        monkeypatch.setattr(devices, "cards", lambda cards=cards: list(cards))
+        monkeypatch.setattr(devices, "free", cards.__getitem__)
+        assert memory.places(tiny, "auto") == places
+        assert memory.places(tiny, "cuda:1") == ["cuda:1"]
+
+
+def test_a_spread_model_gives_the_same_logits(
+    tiny: Checkpoint, tokens: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here both cards are the processor: what moves is checked by `test_two_cards`."""
+    whole = load_model(tiny, streamed=False)
+    monkeypatch.setattr("dynq.spread.free", lambda card: 1 << 30)
+    monkeypatch.setattr(memory, "places", lambda *_: ["cpu", "cpu"])
+    model = load_model(tiny, device="auto")
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+    assert device_of(whole) == "cpu"
+    assert device_of(model) == "auto"
+
+
+@needs_two
+@pytest.mark.usefixtures("same_labels")
+def test_two_cards(tiny: Checkpoint, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = _calibrated(tiny, tokens, tmp_path / "cpu")
+    monkeypatch.setattr(memory, "places", lambda *_: ["cuda:0", "cuda:1"])
+    model = load_model(tiny, device="auto")
+    assert {parameter.device.index for parameter in model.parameters()} == {0, 1}
+    _alike(exact, _calibrated(tiny, tokens, tmp_path / "cards", device="auto"))
+    text = load_text("sampled", load_tokenizer(tiny), n_ctx=32, n_chunks=2, seed=0, model=model)
+    assert text.tokens.shape == (2, 32)
 
 
 # --- on a card --------------------------------------------------------------------------------------------------------

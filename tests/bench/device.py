@@ -29,7 +29,7 @@ import transformers
 from dynq import codec
 from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
-from dynq.devices import calibration_dtype
+from dynq.devices import calibration_dtype, cards, one
 from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.layer_inputs import _modules, collect
@@ -63,8 +63,8 @@ def random_model(folder: Path, width: int, layers: int) -> Path:
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for card in cards():
+        torch.cuda.synchronize(card)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -81,7 +81,7 @@ class Side:
     def __init__(self, checkpoint: Checkpoint, device: str, folder: Path, tensors: dict[str, tuple[str, np.ndarray]]):
         self.checkpoint, self.device, self.folder, self.tensors = checkpoint, device, folder, tensors
         folder.mkdir()
-        self.dtype = calibration_dtype(device)
+        self.dtype, self.place = calibration_dtype(device), one(device)
         self.exact = load_model(checkpoint, device=device, streamed=False)
         coarse = self.dtype != "float32"
         self.model = load_model(checkpoint, dtype=self.dtype, device=device, streamed=False) if coarse else self.exact
@@ -108,12 +108,12 @@ class Side:
             info = self.checkpoint.tensors[name]
             if fmt != TUNED or not (info.layer in (0, 1) or name == "output.weight"):
                 continue
-            weight, samples = self.checkpoint.read(name), fisher.samples(name, self.device)
+            weight, samples = self.checkpoint.read(name), fisher.samples(name, self.place)
             error = codec.dequantize(data, fmt).reshape(weight.shape) - weight
             architecture, shape = self.checkpoint.architecture, fisher.shapes[fisher.unit[name]]
-            moved = parameter_error(architecture, name, error, shape).to(self.device)
+            moved = parameter_error(architecture, name, error, shape).to(self.place)
             if name == "output.weight":
-                own = torch.from_numpy(weight).to(self.device)
+                own = torch.from_numpy(weight).to(self.place)
                 self.predicted.append(head_divergence(own, moved, samples, architecture.logits)[0])
             else:
                 self.predicted.append(quadratic_form(moved, samples)[0])
@@ -129,7 +129,7 @@ class Side:
     def tune(self, tokens: np.ndarray) -> None:
         """One step of two chunks."""
         if self.search is None:
-            self.search = _Search(self.checkpoint, self.exact.device, self.tensors, self.kept, self.kept, 0.005)
+            self.search = _Search(self.checkpoint, self.device, self.tensors, self.kept, self.kept, 0.005)
             self.adam = torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.search.blocks])
         self.search._step(self.adam, np.arange(min(2, len(self.kept.tokens))), 0.1)
 
@@ -176,7 +176,7 @@ def main() -> None:
         sides = {side: Side(checkpoint, device[side], folder / side, tensors) for side in given.sides}
         print(f"{checkpoint.n_weights:,} weights, {tokens.size:,} tokens, {torch.get_num_threads()} threads")
         if "card" in sides and torch.cuda.is_available():
-            print(f"card: {torch.cuda.get_device_name(given.device)}, {sides['card'].dtype} to calibrate")
+            print(f"card: {torch.cuda.get_device_name(sides['card'].place)}, {sides['card'].dtype} to calibrate")
         times: dict[tuple[str, str], list[float]] = {}
         for turn in range(given.repeats + 1):
             for step in given.steps:
@@ -192,7 +192,7 @@ def report(
     times: dict[tuple[str, str], list[float]], sides: dict[str, Side], given: Any, checkpoint: Checkpoint, tokens: Any
 ) -> None:
     n, few = checkpoint.n_weights, 2 * tokens.shape[1]
-    best = {name: peaks(side.device) for name, side in sides.items()}
+    best = {name: peaks(side.place) for name, side in sides.items()}
     for name, peak in best.items():
         print(
             f"{name}: peak {peak['bfloat16'] / 1e12:.1f} TFLOP/s in bfloat16, {peak['float32'] / 1e12:.1f} in float32, "
