@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -26,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 
+from dynq import calibrate as calibration
 from dynq import codec
-from dynq.calibrate import calibrate
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.devices import calibration_dtype, cards, one
 from dynq.evaluate import kld
@@ -99,7 +100,7 @@ class Side:
         self.turn += 1
         self.run = self.folder / str(self.turn)
         self.run.mkdir()
-        calibrate(self.checkpoint, self.model, tokens, self.run, keep=1024)
+        calibration.calibrate(self.checkpoint, self.model, tokens, self.run, keep=1024)
 
     def sensitivity(self, tokens: np.ndarray) -> None:
         """The products alone; encoding stays on the processor."""
@@ -188,6 +189,26 @@ def main() -> None:
         report(times, sides, given, checkpoint, tokens)
 
 
+def parts_of_calibration(side: Side, tokens: np.ndarray) -> str:
+    """How long one sequence after the other chooses samples and writes them: threads that do so may overlap."""
+    spent = dict.fromkeys(("sequence_samples", "save_file", "true_fisher_backward"), 0.0)
+    kept = {name: getattr(calibration, name) for name in spent}
+
+    def clocked(name: str, *args: Any) -> Any:
+        seconds, result = timed(lambda: kept[name](*args))
+        spent[name] += seconds
+        return result
+
+    for name in spent:
+        setattr(calibration, name, partial(clocked, name))
+    try:
+        whole, _ = timed(lambda: side.calibrate(tokens))
+    finally:
+        for name, function in kept.items():
+            setattr(calibration, name, function)
+    return f"of {whole:.2f} s: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in spent.items())
+
+
 def report(
     times: dict[tuple[str, str], list[float]], sides: dict[str, Side], given: Any, checkpoint: Checkpoint, tokens: Any
 ) -> None:
@@ -216,6 +237,9 @@ def report(
         if len(sides) == 2:
             line.append(f"ratio {median(times[step, 'cpu']) / median(times[step, 'card']):.1f}")
         print(*line)
+        if step == "calibrate":
+            for name, side in sides.items():
+                print(f"  {name}, all threads together, {parts_of_calibration(side, tokens)}")
     if len(sides) == 2:
         one, other = (np.array(side.predicted) for side in sides.values())
         if len(one):
