@@ -17,7 +17,7 @@ def cards() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
-def one(device: str) -> str:
+def single(device: str) -> str:
     """A single device: the first card where that is left open, the processor where there is none."""
     return (cards() or [CPU])[0] if device == AUTO else device
 
@@ -25,7 +25,7 @@ def one(device: str) -> str:
 def check_device(device: str) -> None:
     """DynqError where torch has no such device, or one that cannot do what dynq asks of it."""
     try:
-        place = torch.device(one(device))
+        place = torch.device(single(device))
         if place.type == "cuda" and torch.cuda.is_available() and (place.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()}, counted from 0")
         torch.zeros(1, dtype=torch.float64, device=place).item()  # meta has no values, mps no float64
@@ -36,7 +36,7 @@ def check_device(device: str) -> None:
 
 def calibration_dtype(device: str) -> str:
     """What a model is held in to be calibrated, as `load_model` takes it."""
-    kind = torch.device(one(device)).type
+    kind = torch.device(single(device)).type
     return "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 

@@ -23,7 +23,7 @@ import torch
 from dynq import codec, formats
 from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
-from dynq.devices import one
+from dynq.devices import single
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
@@ -98,7 +98,7 @@ def sensitivity(
     Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
     the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
     """
-    candidates, device = tuple(candidates), one(device)
+    candidates, device = tuple(candidates), single(device)
     fisher = Fisher(folder / "fisher")
     names = [name for name, info in checkpoint.tensors.items() if info.quantizable]
     factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import dynq_command
 
 from dynq import calibrate as calibration
 from dynq import codec, devices, layerwise, memory
@@ -56,6 +57,13 @@ def test_a_missing_card_is_said_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(DynqError, match="device 'cuda' is not there"):
         check_sizes(tasks)
     assert not (tmp_path / "run").exists()
+
+
+@needs_none
+def test_evaluate_says_so_too(tmp_path: Path) -> None:
+    done = dynq_command("evaluate", "dynq-tiny", __file__, "--device", "cuda", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("dynq: device 'cuda' is not there") and not (tmp_path / "out").exists()
 
 
 def test_the_device_is_recorded_where_its_sums_count(tiny: Checkpoint, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import transformers
 from dynq import calibrate as calibration
 from dynq import codec
 from dynq.checkpoint import Checkpoint, open_checkpoint
-from dynq.devices import calibration_dtype, cards, one
+from dynq.devices import calibration_dtype, cards, single
 from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.layer_inputs import _modules, collect
@@ -82,7 +82,7 @@ class Side:
     def __init__(self, checkpoint: Checkpoint, device: str, folder: Path, tensors: dict[str, tuple[str, np.ndarray]]):
         self.checkpoint, self.device, self.folder, self.tensors = checkpoint, device, folder, tensors
         folder.mkdir()
-        self.dtype, self.place = calibration_dtype(device), one(device)
+        self.dtype, self.place = calibration_dtype(device), single(device)
         self.exact = load_model(checkpoint, device=device, streamed=False)
         coarse = self.dtype != "float32"
         self.model = load_model(checkpoint, dtype=self.dtype, device=device, streamed=False) if coarse else self.exact
