@@ -5,6 +5,8 @@ fraction, without a bias. All that is measured by small differences stays float3
 (TF32) that cards have for it: divergences of good files, tuned scales, swaps.
 """
 
+import re
+
 import torch
 
 from dynq.errors import DynqError
@@ -23,14 +25,13 @@ def single(device: str) -> str:
 
 
 def check_device(device: str) -> None:
-    """DynqError where torch has no such device, or one that cannot do what dynq asks of it."""
+    """DynqError where that is no device, or one that this machine has not."""
+    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
+        raise DynqError(f"device {device!r}: there are cpu, cuda or cuda:0, cuda:1 and so on, and auto")
     try:
-        place = torch.device(single(device))
-        if place.type == "cuda" and torch.cuda.is_available() and (place.index or 0) >= torch.cuda.device_count():
-            raise RuntimeError(f"there are {torch.cuda.device_count()}, counted from 0")
-        torch.zeros(1, dtype=torch.float64, device=place).item()  # meta has no values, mps no float64
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # torch without CUDA asserts
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        torch.zeros(1, device=single(device)).item()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).strip().splitlines()[0]
         raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
 
 

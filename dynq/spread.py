@@ -50,6 +50,10 @@ def put(module: Any, device: str) -> None:
     for parameter in module.parameters():
         parameter.data = torch.empty_like(parameter, device=device)
     module.to(device)  # buffers
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, torch.Tensor):  # no buffer either: frequencies of RoPE
+                setattr(part, name, value.to(device))
 
 
 def _bring(module: Any, args: Any, kwargs: Any, *, device: str) -> tuple[Any, Any]:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from conftest import dynq_command
+from families import MODELS
 
 from dynq import calibrate as calibration
 from dynq import codec, devices, layerwise, memory
@@ -43,11 +45,15 @@ def tokens(tiny: Checkpoint) -> np.ndarray:
 # --- a device that is not there ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "cuda:one", ""])
-def test_no_such_device(device: str) -> None:
-    with pytest.raises(DynqError, match=f"device '{device}' is not there: .*take --device cpu") as error:
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cpu:0", "cuda:one", ""])
+def test_what_is_no_device(device: str) -> None:
+    with pytest.raises(DynqError, match=f"^device '{device}': there are cpu, cuda .*, and auto$"):
         devices.check_device(device)
-    assert "\n" not in str(error.value)
+
+
+def test_a_card_that_is_not_there() -> None:
+    with pytest.raises(DynqError, match=r"^device 'cuda:99' is not there: .*; take --device cpu$"):
+        devices.check_device("cuda:99")
 
 
 @needs_none
@@ -236,6 +242,29 @@ def test_a_card_measures_collects_and_tunes_as_the_processor_does(
     np.testing.assert_allclose(klds[1], klds[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(hessians[1], hessians[0], rtol=1e-3, atol=1e-3 * np.abs(hessians[0]).max())
     np.testing.assert_allclose(after[1], after[0], rtol=0.02)
+
+
+@needs_card
+@pytest.mark.usefixtures("same_labels")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_card_runs_every_family(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "model"))
+    text = np.random.default_rng(0).integers(2, tiny_models.VOCAB - 64, (2, 24)).astype(np.int32)
+    ids, found, sums = torch.from_numpy(text.astype(np.int64)), [], []
+    for device in ("cpu", "cuda"):
+        model, folder = load_model(checkpoint, device=device), tmp_path / device
+        folder.mkdir()
+        with torch.inference_mode():
+            found.append(model(ids.to(device)).logits.cpu().numpy())
+        importance = calibration.calibrate(checkpoint, model, text, folder, keep=text.size)
+        sums.append({name: (importance.sums[name], importance.counts[name]) for name in importance.sums})
+        fisher = Fisher(folder / "fisher")
+        for tensor in fisher.unit:
+            fisher.samples(tensor, device)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-3)
+    for tensor, (total, counts) in sums[0].items():
+        np.testing.assert_array_equal(sums[1][tensor][1], counts)
+        np.testing.assert_allclose(sums[1][tensor][0], total, rtol=1e-3, atol=1e-3 * total.max())
 
 
 @needs_card
