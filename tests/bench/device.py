@@ -37,7 +37,7 @@ from dynq.layer_inputs import _modules, collect
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
-from dynq.tune import _Search
+from dynq.tune import CODES, RATE, _Search
 
 ANSWERS, ANSWER = 32, 32  # answers that are sampled at once, and tokens of each
 COLLECTED = 8  # linear layers whose inputs are collected at once
@@ -128,10 +128,12 @@ class Side:
         self.kept = kld.make_reference(self.exact, tokens, self.folder / "kept", first=0, desc="")
 
     def tune(self, tokens: np.ndarray) -> None:
-        """One step of two chunks."""
+        """One step of two chunks, of scales and codes."""
         if self.search is None:
-            self.search = _Search(self.checkpoint, self.device, self.tensors, self.kept, self.kept, 0.005)
-            self.adam = torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.search.blocks])
+            self.search = _Search(self.checkpoint, self.device, self.tensors, self.kept, self.kept, RATE, CODES)
+            groups = [{"params": [b.m], "full": b.rate} for b in self.search.blocks]
+            groups += [{"params": [b.latent.z], "full": CODES} for b in self.search.blocks if b.latent is not None]
+            self.adam = torch.optim.Adam(groups)
         self.search._step(self.adam, np.arange(min(2, len(self.kept.tokens))), 0.1)
 
     def evaluate(self, tokens: np.ndarray) -> None:
