@@ -9,9 +9,8 @@ their order. So the result is the same bytes whatever the number of threads.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +30,7 @@ from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.progress import progress
 from dynq.recorder import HEAD, Recorder
 from dynq.text import encode, prompts
+from dynq.threads import each, one_thread_each
 from dynq.torch_model import load_model, load_tokenizer
 
 
@@ -71,30 +71,6 @@ def calibrate(
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
-
-
-@contextmanager
-def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Workers whose torch operations take one thread each: what they compute does not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads or before) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)
-
-
-def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterable[int], bar: Any) -> None:
-    """A step for each item; what has not begun is left out when one fails or the user interrupts."""
-    futures = [workers.submit(step, item) for item in items]
-    try:
-        for future in futures:
-            future.result()
-            bar.update(1)
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
 from dynq.layerwise import Reader, reader
 from dynq.progress import progress
+from dynq.threads import first_calls
 
 
 def load_model(
@@ -63,6 +64,7 @@ def load_model(
     if streamed is None:
         streamed = weights is None and not memory.fits(checkpoint)
     check_device(device)
+    first_calls()
     if streamed:
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
