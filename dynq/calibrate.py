@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from dynq import layerwise
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import disk_array, replacing
 from dynq.fisher import Fisher, sequence_samples, true_fisher_backward
 from dynq.folder import RunFolder
 from dynq.imatrix import Importance, read_imatrix, write_imatrix
@@ -137,7 +137,7 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
             entered.append(layerwise.enter(model, job.ids(i)))
     shape = entered[0].hidden.shape[1:]
     with TemporaryDirectory(dir=folder, prefix="layers-", ignore_cleanup_errors=True) as beside:
-        kept = np.memmap(Path(beside) / "hidden.f32", np.float32, "w+", shape=(len(layers) + 1, len(everyone), *shape))
+        kept = disk_array(Path(beside) / "hidden.f32", np.float32, (len(layers) + 1, len(everyone), *shape))
 
         def read(layer: int, i: int) -> torch.Tensor:
             return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device, model.dtype)

@@ -108,7 +108,9 @@ def top_up(
         generator = torch.Generator().manual_seed(seed + 1)
         asked = [ids for messages in prompts("calibrate") if (ids := encode_prompt(tokenizer, messages)[: n_ctx // 2])]
         with one_thread_each(at_once) as workers:
-            reached = progress(workers.map(reach, asked), total=len(asked), desc="prompts for starved experts", unit="prompt")
+            reached = progress(
+                workers.map(reach, asked), total=len(asked), desc="prompts for starved experts", unit="prompt"
+            )
             found = list(reached)
         order = np.argsort(np.negative(found), kind="stable")
         for at in range(0, len(order), _AT_ONCE):

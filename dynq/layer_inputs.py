@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dynq import feedback
@@ -64,7 +64,7 @@ def feed_back(
     try:
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
-            missing = [n for n, part in made.items() if not (part.exists() and _told(part)["format"] == chosen[n])]
+            missing = [n for n, part in made.items() if not _holds(part, chosen[n])]
             reading = {name: modules[name] for name in missing if name in fed}
             hessians = collect(model, reading, tokens, domains, threads=threads) if reading else {}
             for name in bunch:
@@ -111,6 +111,14 @@ def _encode_part(
 
 def _part(parts: Path, name: str) -> Path:
     return parts / f"{name}.safetensors"
+
+
+def _holds(part: Path, fmt: str) -> bool:
+    """Whether a part is there, whole, and of this format."""
+    try:
+        return bool(_told(part)["format"] == fmt)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        return False  # it is made anew
 
 
 def _told(part: Path) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterab
 def first_calls() -> None:
     """Call the vector functions of MKL once, before several threads do.
 
-    MKL 2024.2 chooses the code of such a function in its first call. While it does, another thread may get a coarse one,
-    with errors of a thousand units in the last place, and the next run is right again (pytorch issue 188792).
+    MKL 2024.2 chooses the code of such a function in its first call. While it does, another thread may get a coarse
+    one, with errors of a thousand units in the last place; the next call is right again (pytorch issue 188792).
     """
     import torch
 

@@ -91,9 +91,7 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     def run(parts):
         return {
             name: (fmt, data.copy())
-            for name, fmt, data in feed_back(
-                checkpoint, chosen, importance, model, tokens, DOMAINS, parts, threads=1
-            )
+            for name, fmt, data in feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, parts, threads=1)
         }
 
     whole = run(tmp_path / "a")
