@@ -300,9 +300,8 @@ def _lock(file: TextIO, path: Path) -> None:
 def sign(file: TextIO, pid: int) -> None:
     """Write into a locked file whose the lock is."""
     file.truncate(0)
-    file.write(str(pid))
     with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
-        file.flush()
+        os.write(file.fileno(), str(pid).encode())
 
 
 def _is_step(value: Any) -> bool:

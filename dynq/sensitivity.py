@@ -11,6 +11,7 @@ exactly. A tied embedding pays for both of its uses.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,8 @@ def _kept_rows(partial: Path) -> list[dict[str, Any]]:
     try:
         lines = partial.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last end of line was cut off
-        done = {row["tensor"] for row in rows if row["last"]}
+        count = Counter(row["tensor"] for row in rows)
+        done = {row["tensor"] for row in rows if row["last"] and row["last"] == count[row["tensor"]]}
         return [{key: row[key] for key in (*SCHEMA.names[:-1], "last")} for row in rows if row["tensor"] in done]
     except (ValueError, KeyError, TypeError):
         return []
@@ -184,12 +186,12 @@ def _tensor_rows(
                 "predicted_kld": total / fisher.tokens,
                 "predicted_error": spread / fisher.tokens,
                 "weighted_error": codec.weighted_error(weight, decoded, mean),
-                "last": False,
+                "last": 0,
             }
         )
     if not rows:
         raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
-    rows[-1]["last"] = True
+    rows[-1]["last"] = len(rows)
     return rows
 
 

@@ -101,7 +101,7 @@ def test_calibration_on_a_full_disk_goes_on(small_disk, calibrated):
 
 def test_a_full_disk_is_one_line_of_the_command(small_disk):
     (small_disk / "filler").write_bytes(bytes(3 << 20))
-    one_line(dynq_command(*ARGUMENTS, "--out", small_disk / "run"), str(small_disk / "run"), "No space left")
+    one_line(dynq_command(*ARGUMENTS, "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full")
     with contextlib.suppress(OSError), (small_disk / "filler").open("r+b") as file:
         file.truncate((3 << 20) - (64 << 10))  # room to begin with, and not to end
     one_line(dynq_command(*ARGUMENTS, "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full")
@@ -259,7 +259,7 @@ def test_partial_table_is_made_anew(calibrated, tmp_path, how, monkeypatch):
     damaged = {
         "cut off": "".join(lines)[:-30],
         "garbage": "".join(lines[:3]) + "\0{\n" + "".join(lines[3:]),
-        "other keys": "".join(lines[:3]) + json.dumps({"tensor": "x", "last": True}) + "\n",
+        "other keys": "".join(lines[:3]) + json.dumps({"tensor": "x", "last": 1}) + "\n",
         "rows missing": "".join(lines[1:]),
     }[how]
     partial.write_text(damaged)
