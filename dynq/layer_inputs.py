@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def feed_back(
                     read = hessians.get(name)
                     order = checkpoint.architecture.slot_of(name).cols
                     if read and order is not None:
-                        read = tuple([h.ordered(order) for h in some] for some in read)
+                        fit, aside = ([h.ordered(order) for h in some] for some in read)
+                        read = fit, aside
                     reason = f"{chosen[name]} has no feedback" if name in modules else unread
                     _encode_part(
                         checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads, device
@@ -215,8 +217,9 @@ def collect(
         read[i] = {name: local.inputs[name].float() for name in first.values()}
         del local.inputs
 
-    def add(chunks: range, name: str, rows: slice) -> None:
-        """These rows of a layer's Hessians."""
+    def add(chunks: range, parts: Sequence[tuple[str, slice]], k: int) -> None:
+        """Some rows of a layer's Hessians."""
+        name, rows = parts[k]
         for i in chunks:
             x = read[i][name]
             sums[name, *keys[i]][rows] += (x[:, rows].T @ x).cpu()
@@ -234,7 +237,7 @@ def collect(
                     for i in chunks:
                         sums.setdefault((name, *keys[i]), torch.zeros(n, n))
                 parts = [(name, slice(at, at + _ROWS)) for name, n in widths.items() for at in range(0, n, _ROWS)]
-                each(workers, lambda k, c=chunks, p=parts: add(c, *p[k]), range(len(parts)))
+                each(workers, partial(add, chunks, parts), range(len(parts)))
                 read.clear()
     finally:
         for handle in handles:

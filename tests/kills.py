@@ -8,6 +8,7 @@ runs one notebook of the tests' `quick_run` in a folder.
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,17 +23,16 @@ from dynq.folder import RunFolder, content_hash
 _WORK = (".partial", ".parts/", "notebooks/", "scores/reference", "swaps.", "lock", "run.json")
 
 
-def start(folder: Path, notebook: str = "") -> psutil.Popen:
-    """The whole run by the command, or one of its notebooks alone."""
-    command = (
-        ["-m", "dynq.cli", *ARGUMENTS, "--out", str(folder)] if not notebook else [__file__, str(folder), notebook]
-    )
+def start(folder: Path, notebook: str = "", more: Sequence[str] = ()) -> psutil.Popen:
+    """The whole run by the command, with more arguments, or one of its notebooks alone."""
+    whole = ["-m", "dynq.cli", *ARGUMENTS, *more, "--out", str(folder)]
+    command = [__file__, str(folder), notebook] if notebook else whole
     return psutil.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(folder: Path, notebook: str = "") -> str:
+def finish(folder: Path, notebook: str = "", more: Sequence[str] = ()) -> str:
     """Run to the end; the last line of what it said where it failed, or ""."""
-    process = start(folder, notebook)
+    process = start(folder, notebook, more)
     _, said = process.communicate()
     return (said.decode().splitlines() or ["failed"])[-1] if process.returncode else ""
 
@@ -49,9 +49,9 @@ def kill(process: psutil.Popen) -> bool:
     return running
 
 
-def killed(folder: Path, seconds: float) -> bool:
+def killed(folder: Path, seconds: float, more: Sequence[str] = ()) -> bool:
     """Start a run and kill it after so long; whether it was still running."""
-    process = start(folder)
+    process = start(folder, more=more)
     time.sleep(seconds)
     return kill(process)
 

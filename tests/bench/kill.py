@@ -21,27 +21,27 @@ import kills
 from conftest import PRODUCTS, same_products
 
 
-def undisturbed(folder: Path) -> tuple[Path, float]:
+def undisturbed(folder: Path, more: list[str]) -> tuple[Path, float]:
     """A run that nobody disturbs, and its seconds; made once."""
     whole, kept = folder / "whole", folder / "seconds.json"
     if not kept.exists():
         shutil.rmtree(whole, ignore_errors=True)
         begun = time.monotonic()
-        if said := kills.finish(whole):
+        if said := kills.finish(whole, more=more):
             sys.exit(said)
         kept.write_text(json.dumps(time.monotonic() - begun))
     return whole, json.loads(kept.read_text())
 
 
-def one(number: int, seed: int, folder: Path, whole: Path, length: float) -> dict:
+def one(number: int, seed: int, folder: Path, whole: Path, length: float, more: list[str]) -> dict:
     """Kill a run once and let it go on; what was wrong."""
     run, after = folder / f"run{number}", random.Random(f"{seed} {number}").uniform(0, length)
     shutil.rmtree(run, ignore_errors=True)
-    hit = kills.killed(run, after)
+    hit = kills.killed(run, after, more)
     wrong = kills.looks_finished(run, whole)
     recorded = kills.steps(run)
     where = next((name for name, step in recorded.items() if step["state"] != "done"), "between steps")
-    said = kills.finish(run)
+    said = kills.finish(run, more=more)
     wrong += [said] if said else same_products(whole, run)
     shutil.rmtree(run)
     return {
@@ -61,14 +61,16 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--last", type=int, default=29)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
+    more = ["-p", f"threads={given.threads}"]
     given.folder.mkdir(exist_ok=True)
-    whole, length = undisturbed(given.folder)
+    whole, length = undisturbed(given.folder, more)
     print(f"an undisturbed run: {length:.0f} s, {len(PRODUCTS)} products", flush=True)
     for number in range(given.first, given.last + 1):
         kept = given.folder / f"kill{number}.json"
         if not kept.exists():
-            kept.write_text(json.dumps(one(number, given.seed, given.folder, whole, length)))
+            kept.write_text(json.dumps(one(number, given.seed, given.folder, whole, length, more)))
         found = json.loads(kept.read_text())
         state = "killed" if found["hit"] else "over"
         print(
