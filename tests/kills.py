@@ -2,18 +2,20 @@
 
     python tests/kills.py FOLDER NOTEBOOK
 
-runs one notebook of the tests' `quick_run` in a folder.
+runs one notebook of the tests' `quick_run` in a folder, with one thread where that has two.
 """
 
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-from conftest import ARGUMENTS, PARAMETERS, TARGET
+from conftest import PARAMETERS, TARGET
 
 from dynq import run as runner
 from dynq.errors import DynqError
@@ -23,18 +25,26 @@ from dynq.folder import RunFolder, content_hash
 _WORK = (".partial", ".parts/", "notebooks/", "scores/reference", "swaps.", "lock", "run.json")
 
 
-def start(folder: Path, notebook: str = "", more: Sequence[str] = ()) -> psutil.Popen:
-    """The whole run by the command, with more arguments, or one of its notebooks alone."""
-    whole = ["-m", "dynq.cli", *ARGUMENTS, *more, "--out", str(folder)]
-    command = [__file__, str(folder), notebook] if notebook else whole
-    return psutil.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(folder: Path, notebook: str) -> psutil.Popen:
+    command = [sys.executable, __file__, str(folder), notebook]
+    return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(folder: Path, notebook: str = "", more: Sequence[str] = ()) -> str:
-    """Run to the end; the last line of what it said where it failed, or ""."""
-    process = start(folder, notebook, more)
+def finish(folder: Path, notebook: str) -> str:
+    """Run a notebook to its end; the last line of what it said where it failed, or ""."""
+    process = start(folder, notebook)
     _, said = process.communicate()
     return (said.decode().splitlines() or ["failed"])[-1] if process.returncode else ""
+
+
+def killed(folder: Path, notebook: str, seconds: float) -> bool:
+    """Start a notebook and kill it so long after its work has begun; whether it was still running."""
+    begun, process = time.time_ns(), start(folder, notebook)
+    state = folder / "run.json"
+    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns >= begun):
+        time.sleep(0.02)  # until it records a step; to start Python takes longer than most of the work
+    time.sleep(seconds)
+    return kill(process)
 
 
 def kill(process: psutil.Popen) -> bool:
@@ -47,13 +57,6 @@ def kill(process: psutil.Popen) -> bool:
     psutil.wait_procs(family)
     process.stderr.close()
     return running
-
-
-def killed(folder: Path, seconds: float, more: Sequence[str] = ()) -> bool:
-    """Start a run and kill it after so long; whether it was still running."""
-    process = start(folder, more=more)
-    time.sleep(seconds)
-    return kill(process)
 
 
 def steps(folder: Path) -> dict[str, dict]:
@@ -88,8 +91,24 @@ def looks_finished(folder: Path, whole: Path) -> list[str]:
     return wrong
 
 
+def kill_and_finish(
+    folder: Path, whole: Path, notebook: str, moments: random.Random, times: int, most: float
+) -> Iterator[dict[str, Any]]:
+    """Kill a notebook so many times, at most so many seconds after its work has begun; then let it come to its end.
+
+    Gives what was found after each: where it was, and what looks finished and is not.
+    """
+    for _ in range(times):
+        after = moments.uniform(0, most)
+        hit = killed(folder, notebook, after)
+        where = next((name for name, step in steps(folder).items() if step["state"] != "done"), "between steps")
+        yield {"hit": hit, "after": after, "in": where, "wrong": looks_finished(folder, whole)}
+    said = finish(folder, notebook)
+    yield {"hit": False, "after": 0.0, "in": "at the end", "wrong": [said] if said else looks_finished(folder, whole)}
+
+
 def _one(folder: RunFolder, notebook: str) -> None:
-    tasks = runner.plan("dynq-tiny", [TARGET], folder, PARAMETERS)
+    tasks = runner.plan("dynq-tiny", [TARGET], folder, PARAMETERS | {"threads": 1})
     runner.execute_each([task for task in tasks if task.notebook == notebook], folder)
 
 

@@ -1,11 +1,12 @@
 """Kill -9 at random moments of a short run: does every restart end with the bytes of an undisturbed one?
 
-    python tests/bench/kill.py /tmp/kills --first 0 --last 4 --seed 0
+    python tests/bench/kill.py FOLDER --times 6 --seed 0
+    python tests/bench/kill.py FOLDER --notebook 03_calibrate
 
-The run is that of the tests' `quick_run`: all five notebooks on dynq-tiny, few tokens and formats. At each moment the
-command and all its children are killed; then nothing in the folder may look finished that is not
-(`kills.looks_finished`), and the same command again must end with the same products. The moment of a kill follows from
-the seed and its number, so that a bench can be run in pieces: the undisturbed run and the results stay in the folder.
+The run is that of the tests' `quick_run`: all five notebooks on dynq-tiny, few tokens and formats. Each notebook is
+killed with all its children so many times, at moments that follow from the seed, and started again; then nothing in the
+folder may look finished that is not (`kills.looks_finished`), and it must end with the products of the undisturbed run.
+Both runs and the results stay in the folder, so that notebooks can be benched one after another.
 """
 
 import argparse
@@ -20,69 +21,44 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import kills
 from conftest import PRODUCTS, same_products
 
+from dynq.run import NOTEBOOKS
 
-def undisturbed(folder: Path, more: list[str]) -> tuple[Path, float]:
-    """A run that nobody disturbs, and its seconds; made once."""
-    whole, kept = folder / "whole", folder / "seconds.json"
-    if not kept.exists():
-        shutil.rmtree(whole, ignore_errors=True)
+
+def undisturbed(folder: Path) -> Path:
+    """A run that nobody disturbs; made once."""
+    whole, done = folder / "whole", folder / "whole.done"
+    if not done.exists():
         begun = time.monotonic()
-        if said := kills.finish(whole, more=more):
-            sys.exit(said)
-        kept.write_text(json.dumps(time.monotonic() - begun))
-    return whole, json.loads(kept.read_text())
-
-
-def one(number: int, seed: int, folder: Path, whole: Path, length: float, more: list[str]) -> dict:
-    """Kill a run once and let it go on; what was wrong."""
-    run, after = folder / f"run{number}", random.Random(f"{seed} {number}").uniform(0, length)
-    shutil.rmtree(run, ignore_errors=True)
-    hit = kills.killed(run, after, more)
-    wrong = kills.looks_finished(run, whole)
-    recorded = kills.steps(run)
-    where = next((name for name, step in recorded.items() if step["state"] != "done"), "between steps")
-    said = kills.finish(run, more=more)
-    wrong += [said] if said else same_products(whole, run)
-    shutil.rmtree(run)
-    return {
-        "number": number,
-        "seed": seed,
-        "hit": hit,
-        "after": after,
-        "done": len(recorded),
-        "in": where,
-        "wrong": wrong,
-    }
+        for notebook in NOTEBOOKS:
+            if said := kills.finish(whole, notebook):
+                sys.exit(said)
+        done.touch()
+        print(f"an undisturbed run: {time.monotonic() - begun:.0f} s", flush=True)
+    return whole
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="keeps the undisturbed run and the results")
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--last", type=int, default=29)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--notebook", choices=NOTEBOOKS, help="only this one; those before it are done")
+    parser.add_argument("--times", type=int, default=6, help="kills of each notebook")
+    parser.add_argument("--most", type=float, default=5.0, help="seconds from its first step to a kill")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    more = ["-p", f"threads={given.threads}"]
     given.folder.mkdir(exist_ok=True)
-    whole, length = undisturbed(given.folder, more)
-    print(f"an undisturbed run: {length:.0f} s, {len(PRODUCTS)} products", flush=True)
-    for number in range(given.first, given.last + 1):
-        kept = given.folder / f"kill{number}.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(one(number, given.seed, given.folder, whole, length, more)))
-        found = json.loads(kept.read_text())
-        state = "killed" if found["hit"] else "over"
-        print(
-            f"{number}: {state} at {found['after']:.1f} s ({found['in']}): {found['wrong'] or 'the same'}", flush=True
-        )
-    every = [json.loads(path.read_text()) for path in given.folder.glob("kill*.json")]
-    bad = [found for found in every if found["wrong"]]
-    hits = sum(found["hit"] for found in every)
-    print(
-        f"{len(every)} kills so far, {hits} of a run that was not over: {len(every) - len(bad)} end with the same bytes"
-    )
-    return int(bool(bad))
+    whole, run, bad = undisturbed(given.folder), given.folder / "run", 0
+    for notebook in [given.notebook] if given.notebook else NOTEBOOKS:
+        if notebook == NOTEBOOKS[0]:
+            shutil.rmtree(run, ignore_errors=True)
+        moments = random.Random(f"{given.seed} {notebook}")
+        for found in kills.kill_and_finish(run, whole, notebook, moments, given.times, given.most):
+            print(notebook, json.dumps(found), flush=True)
+            bad += bool(found["wrong"])
+    if given.notebook in (None, NOTEBOOKS[-1]):
+        different = same_products(whole, run)
+        print(f"{len(PRODUCTS) - len(different)} of {len(PRODUCTS)} products are the same; others: {different}")
+        bad += bool(different)
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
