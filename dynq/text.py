@@ -24,7 +24,7 @@ from dynq.threads import each, one_thread_each
 
 Messages = list[dict[str, str]]
 
-_BATCH = 16  # conversations that a thread samples at once; what is sampled depends on it
+_BATCH = 32  # conversations that a thread samples at once, at most; what is sampled depends on it
 _AT_ONCE = 256  # in all threads: bounds the memory of the key-value caches
 _FAMILIES = {
     "code": ("code-python", "code-other", "sql", "devops", "data"),
@@ -171,7 +171,8 @@ def sample_chats(
     encoded = [prompt[: max_tokens // 2] for prompt in encoded]
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    parts = 2 * -(-len(order) // (2 * _BATCH))  # an even number, of one size: two threads end together
+    batches = [part.tolist() for part in np.array_split(order, parts) if len(part)]
     seeds = torch.randint(1 << 62, (len(batches),), generator=generator).tolist()
     chats: list[list[int]] = [[] for _ in encoded]
 
