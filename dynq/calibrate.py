@@ -9,9 +9,8 @@ their order. So the result is the same bytes whatever the number of threads.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,13 +23,14 @@ from safetensors.torch import save_file
 from dynq import layerwise
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import disk_array, replacing
 from dynq.fisher import Fisher, sequence_samples, true_fisher_backward
 from dynq.folder import RunFolder
 from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.progress import progress
 from dynq.recorder import HEAD, Recorder
 from dynq.text import encode, prompts
+from dynq.threads import each, one_thread_each
 from dynq.torch_model import load_model, load_tokenizer
 
 ON_CARD = 2
@@ -74,30 +74,6 @@ def calibrate(
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
-
-
-@contextmanager
-def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Workers whose torch operations take one thread each: what they compute does not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads or before) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)
-
-
-def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterable[int], bar: Any) -> None:
-    """A step for each item; what has not begun is left out when one fails or the user interrupts."""
-    futures = [workers.submit(step, item) for item in items]
-    try:
-        for future in futures:
-            future.result()
-            bar.update(1)
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 @dataclass(frozen=True)
@@ -164,7 +140,7 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
             entered.append(layerwise.enter(model, job.ids(i)))
     shape = entered[0].hidden.shape[1:]
     with TemporaryDirectory(dir=folder, prefix="layers-", ignore_cleanup_errors=True) as beside:
-        kept = np.memmap(Path(beside) / "hidden.f32", np.float32, "w+", shape=(len(layers) + 1, len(everyone), *shape))
+        kept = disk_array(Path(beside) / "hidden.f32", np.float32, (len(layers) + 1, len(everyone), *shape))
 
         def read(layer: int, i: int) -> torch.Tensor:
             return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device, model.dtype)

@@ -28,12 +28,14 @@ One sequence is one safetensors file, or several where it is computed layer by l
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dynq.errors import DynqError
 from dynq.recorder import HEAD, Recorder
@@ -197,6 +199,18 @@ class Samples:
         return (_moved(error, self.x, self.expert) * self.g).sum(-1).double()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of samples. DynqError where it is damaged, or is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DynqError(
+            f"{path}: damaged, or no Fisher samples ({error}); delete it, calibration (notebook 03) makes it anew"
+        ) from error
+
+
 class Fisher:
     """Reads the sequences of a ``fisher/`` folder, one tensor at a time."""
 
@@ -211,21 +225,22 @@ class Fisher:
         self.tokens = 0
         self._files: dict[str, list[Path]] = {}  # unit -> where its samples are, in the order of sequences
         for path in self.paths:
-            with safe_open(path, framework="pt") as f:
+            with _opened(path) as f:
                 about = json.loads(f.metadata()["about"])
-            self.tokens += about["tokens"]
-            for first, units in about["groups"].items():
-                self.group |= dict.fromkeys(units, first)
-                for unit in units:
-                    self._files.setdefault(unit, []).append(path)
-            self.unit |= about["tensors"]
-            self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
-            self.flipped |= set(about["flipped"])
+                self.tokens += about["tokens"]
+                for first, units in about["groups"].items():
+                    self.group |= dict.fromkeys(units, first)
+                    for unit in units:
+                        self._files.setdefault(unit, []).append(path)
+                self.unit |= about["tensors"]
+                self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
+                self.flipped |= set(about["flipped"])
 
     def _each(self, unit: str, what: str) -> Iterator[torch.Tensor]:
         for path in self._files[unit]:
-            with safe_open(path, framework="pt") as f:
-                yield f.get_tensor(f"{unit}.{what}")
+            with _opened(path) as f:
+                found = f.get_tensor(f"{unit}.{what}")
+            yield found
 
     def samples(self, name: str, device: torch.device | str = "cpu") -> Samples:
         """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied), on a device."""
@@ -246,7 +261,7 @@ class Fisher:
         """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
         are, float64 ``[n_mat]``; None for an embedding, which has no inputs."""
         group = self.group[self.unit[name]]
-        with safe_open(self._files[group][0], framework="pt") as f:
+        with _opened(self._files[group][0]) as f:
             if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
         sums, counts = (np.sum([p.numpy() for p in self._each(group, w)], axis=0) for w in ("in_sum2", "counts"))

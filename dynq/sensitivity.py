@@ -11,6 +11,7 @@ exactly. A tied embedding pays for both of its uses.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,8 @@ def sensitivity(
     names = [name for name, info in checkpoint.tensors.items() if info.quantizable]
     factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})
     partial = folder / "sensitivity.partial.jsonl"
-    rows = (
-        [json.loads(line) for line in partial.read_text().splitlines() if line.endswith("}")]
-        if partial.exists()
-        else []
-    )
-    done = {row["tensor"] for row in rows if row["last"]}
-    rows = [row for row in rows if row["tensor"] in done]
+    rows = _kept_rows(partial)
+    done = {row["tensor"] for row in rows}
     with partial.open("w") as log:
         for row in rows:
             log.write(json.dumps(row) + "\n")
@@ -124,6 +120,20 @@ def sensitivity(
     write_table(table, folder)
     partial.unlink()
     return table
+
+
+def _kept_rows(partial: Path) -> list[dict[str, Any]]:
+    """The rows of tensors that are done, as an interrupted run left them; none of a file that somebody damaged."""
+    if not partial.exists():
+        return []
+    try:
+        lines = partial.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last end of line was cut off
+        count = Counter(row["tensor"] for row in rows)
+        done = {row["tensor"] for row in rows if row["last"] and row["last"] == count[row["tensor"]]}
+        return [{key: row[key] for key in (*SCHEMA.names[:-1], "last")} for row in rows if row["tensor"] in done]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def write_table(table: pa.Table, folder: Path) -> None:
@@ -177,12 +187,12 @@ def _tensor_rows(
                 "predicted_kld": total / fisher.tokens,
                 "predicted_error": spread / fisher.tokens,
                 "weighted_error": codec.weighted_error(weight, decoded, mean),
-                "last": False,
+                "last": 0,
             }
         )
     if not rows:
         raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
-    rows[-1]["last"] = True
+    rows[-1]["last"] = len(rows)
     return rows
 
 
@@ -266,8 +276,19 @@ def agreement(table: pa.Table) -> dict[str, Any]:
 
 
 def read_table(folder: Path) -> pa.Table:
-    """The table of a run folder; DynqError where there is none."""
+    """The table of a run folder; DynqError where there is none, or it is damaged."""
     path = folder / "sensitivity.parquet"
     if not path.exists():
         raise DynqError(f"{path}: not there yet; run the sensitivity step first (notebook 04)")
-    return pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise DynqError(
+            f"{path}: damaged ({reason}); delete it, the sensitivity step (notebook 04) makes it anew"
+        ) from error
+    if not table.schema.equals(SCHEMA):
+        raise DynqError(
+            f"{path}: not a table of sensitivities; delete it, the sensitivity step (notebook 04) makes it anew"
+        )
+    return table

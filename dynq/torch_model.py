@@ -17,6 +17,7 @@ from dynq.errors import DynqError
 from dynq.layerwise import Reader, reader
 from dynq.progress import progress
 from dynq.spread import put, spread
+from dynq.threads import first_calls
 
 
 def load_model(
@@ -66,6 +67,7 @@ def load_model(
     places = memory.places(checkpoint, device, dtype)
     if streamed is None:
         streamed = weights is None and len(places) == 1 and not memory.fits(checkpoint, places[0], dtype)
+    first_calls()
     if streamed:
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")

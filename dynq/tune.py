@@ -100,7 +100,9 @@ def tune(
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
     twice that and 6 % more where there are offsets; where codes move, the model `COPIES` times in all. The same input
-    gives the same bytes for the same seed and number of threads, on a CPU.
+    gives the same bytes for the same seed and number of threads, on a CPU. With MKL (x86) the number does not count as
+    long as it is a power of two: torch's activations round the last few elements of a thread's share otherwise, and
+    such shares have none.
     DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite, the disk is full.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):

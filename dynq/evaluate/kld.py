@@ -19,7 +19,7 @@ import torch
 
 from dynq import layerwise
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import disk_array, replacing
 from dynq.kernels import divergence
 from dynq.progress import progress
 
@@ -172,7 +172,7 @@ def keep_reference(
             "free; take fewer chunks or another folder"
         )
     with replacing(path.with_suffix(".u16")) as beside:
-        depth = np.memmap(beside, np.uint16, "w+", shape=shape)
+        depth = disk_array(beside, np.uint16, shape)
         for chunk, log_p in enumerate(log_probs):
             steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
             depth[chunk] = steps.to(torch.uint16).cpu().numpy()
