@@ -3,10 +3,15 @@
 Nothing heavy is imported here: ``dynq.quantize`` and its kin load their module on first use.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Intel's MKL, which multiplies for torch on x86, then sums in an order that does not depend on the number of threads.
+# That costs no time (LOG, "Nothing lost"). MKL looks when it first multiplies, so it is said here.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # public name -> the module that holds it
 _HOME = {

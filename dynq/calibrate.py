@@ -9,9 +9,8 @@ their order. So the result is the same bytes whatever the number of threads.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,14 +23,18 @@ from safetensors.torch import save_file
 from dynq import layerwise
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import disk_array, replacing
 from dynq.fisher import Fisher, sequence_samples, true_fisher_backward
 from dynq.folder import RunFolder
 from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.progress import progress
 from dynq.recorder import HEAD, Recorder
 from dynq.text import encode, prompts
+from dynq.threads import each, one_thread_each
 from dynq.torch_model import load_model, load_tokenizer
+
+ON_CARD = 2
+"""Sequences at once on a graphics card: it computes one while the other's samples are drawn and written."""
 
 
 def calibrate(
@@ -47,10 +50,10 @@ def calibrate(
 ) -> Importance:
     """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
 
-    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint; threads: sequences that are
-    computed at once on a CPU; keep: Fisher samples per layer over all sequences; source: said in the imatrix as its
-    data set. Sequences that are there already are not computed again, so an interrupted calibration goes on where it
-    stopped: the caller clears ``fisher/`` when the inputs have changed.
+    tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint, in float32 or bfloat16;
+    threads: sequences that are computed at once on a CPU; keep: Fisher samples per layer over all sequences; source:
+    said in the imatrix as its data set. Sequences that are there already are not computed again, so an interrupted
+    calibration goes on where it stopped: the caller clears ``fisher/`` when the inputs have changed.
 
     A model whose layers are read one by one (`layerwise.reader`) is computed layer by layer: a part of ``fisher/`` for
     each sequence and layer, the same samples in all. Cut off, it begins anew.
@@ -63,7 +66,7 @@ def calibrate(
         parameter.requires_grad_(False)
     job = _Job(checkpoint, model, tokens, fisher, seed, -(-keep // len(tokens)))
     reader = layerwise.reader(model)
-    with one_thread_each(threads if model.device.type == "cpu" else 1) as workers:
+    with one_thread_each(threads if model.device.type == "cpu" else ON_CARD) as workers:
         if reader:
             _layer_by_layer(job, reader, workers, folder)
         else:
@@ -71,30 +74,6 @@ def calibrate(
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
     write_imatrix(folder / "imatrix.gguf", importance)
     return importance
-
-
-@contextmanager
-def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Workers whose torch operations take one thread each: what they compute does not depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads or before) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)
-
-
-def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterable[int], bar: Any) -> None:
-    """A step for each item; what has not begun is left out when one fails or the user interrupts."""
-    futures = [workers.submit(step, item) for item in items]
-    try:
-        for future in futures:
-            future.result()
-            bar.update(1)
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 @dataclass(frozen=True)
@@ -161,7 +140,7 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
             entered.append(layerwise.enter(model, job.ids(i)))
     shape = entered[0].hidden.shape[1:]
     with TemporaryDirectory(dir=folder, prefix="layers-", ignore_cleanup_errors=True) as beside:
-        kept = np.memmap(Path(beside) / "hidden.f32", np.float32, "w+", shape=(len(layers) + 1, len(everyone), *shape))
+        kept = disk_array(Path(beside) / "hidden.f32", np.float32, (len(layers) + 1, len(everyone), *shape))
 
         def read(layer: int, i: int) -> torch.Tensor:
             return torch.from_numpy(np.array(kept[layer, i])[None]).to(model.device, model.dtype)
@@ -204,12 +183,13 @@ def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExec
             write(0, i, entered[i].hidden)
         steps = (2 * len(layers) + 1) * len(everyone)
         with progress(total=steps, desc="calibrate layer by layer", unit="step") as bar:
+            last = len(layers) - 1
             for layer in range(len(layers)):
-                reader.load(layer)
+                reader.load(layer, layer + 1 if layer < last else last - 1)
                 each(workers, forward(layer), everyone, bar)
             each(workers, head, everyone, bar)
             for layer in reversed(range(len(layers))):
-                reader.load(layer)
+                reader.load(layer, layer - 1)
                 each(workers, backward(layer), everyone, bar)
         for i in everyone:
             entered[i].hidden.backward(read(0, i))

@@ -131,17 +131,36 @@ class Checkpoint:
         self.packed = packed or {}
         self.notes = notes or []
         self._read, self._read_matrix = read, read_matrix
+        self._stamps = [_stamp(file) for file in files]
 
     @property
     def n_weights(self) -> int:
         return sum(info.n_weights for info in self.tensors.values())
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32, C-contiguous, in GGUF's layout. DynqError if it holds NaN or infinity."""
+        """One tensor, float32, C-contiguous, in GGUF's layout.
+
+        DynqError if it holds NaN or infinity, or if a file has changed since the model was opened.
+        """
         if name not in self.tensors:
             raise DynqError(f"{self.path}: there is no tensor {name}")
-        with taking_apart(f"{self.path}: tensor {name}"):
-            return np.ascontiguousarray(self._read(name), dtype=np.float32)
+        try:
+            with taking_apart(f"{self.path}: tensor {name}"):
+                return np.ascontiguousarray(self._read(name), dtype=np.float32)
+        finally:
+            self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """DynqError, naming it, where a file is not the one that was opened.
+
+        By size, time and inode, which costs nothing; contents are hashed once each time that a model is opened.
+        """
+        for file, stamp in zip(self.files, self._stamps, strict=True):
+            if _stamp(file) != stamp:
+                raise DynqError(
+                    f"{file}: has changed while it was worked on; nothing that was made of it counts: "
+                    "let it be complete, then run the same command again"
+                )
 
     def matrices(self, name: str) -> Iterator[np.ndarray]:
         """The matrices of a tensor, as `read` gives them: of a stack of experts one after the other, else itself."""
@@ -156,8 +175,12 @@ class Checkpoint:
                 yield whole[i]
                 continue
             assert read is not None
-            with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
-                yield np.ascontiguousarray(read(name, i), dtype=np.float32)
+            try:
+                with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
+                    matrix = np.ascontiguousarray(read(name, i), dtype=np.float32)
+            finally:
+                self.check_unchanged()
+            yield matrix
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,7 +192,17 @@ class Checkpoint:
                 # A single file's name is its owner's choice; inside a directory names have a meaning.
                 label = path.name if len(self.files) > 1 else ""
                 whole.update(f"{label}\0{digest}\n".encode())
+        self.check_unchanged()
         return whole.hexdigest()
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """What tells that a file was written to or replaced; nothing of one that is gone. Only compared, never ordered."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkpoint:

@@ -82,6 +82,10 @@ def run(
         str | None, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of all sampling.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where the model is computed: cpu, cuda, cuda:1, or auto: one card or all. Default: cpu."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
@@ -109,6 +113,7 @@ def run(
         "search": search,
         "max_shard_size": max_shard_size,
         "seed": seed,
+        "device": device,
         "threads": threads,
         "allow_requantize": allow_requantize or None,
     }
@@ -275,6 +280,9 @@ def evaluate(
     ] = None,
     write_logits: Annotated[Path | None, typer.Option(help="Write the original's logits in that format.")] = None,
     seed: Annotated[int, typer.Option(help="Of text that is sampled.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Where the models are computed: cpu, cuda, cuda:1, or auto: one card or all.")
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
@@ -308,15 +316,17 @@ def evaluate(
 
     from dynq import reckon
     from dynq.checkpoint import open_checkpoint
+    from dynq.devices import check_device
     from dynq.evaluate import files as measure
     from dynq.evaluate.tasks import Asked
     from dynq.report import write_files_report
 
     measure.set_threads(threads)
     asked = Asked(mmlu or "", mmlu_limit, greedy, where, in_engine)
+    check_device(device)
     try:
         if logits is not None:
-            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine)
+            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine, device=device)
         else:
             original = open_checkpoint(files[0], allow_requantize)
             settings: dict[str, Any] = {"text": text or "", "n_ctx": ctx_size, "n_chunks": chunks, "threads": threads}
@@ -332,6 +342,7 @@ def evaluate(
                 write_logits=write_logits,
                 asked=asked,
                 **settings,
+                device=device,
             )
     except KeyboardInterrupt:
         print("dynq: interrupted; the same command goes on from here", file=sys.stderr)

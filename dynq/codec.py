@@ -12,9 +12,10 @@ import numpy as np
 
 from dynq import formats
 from dynq.errors import DynqError
-from dynq.kernels import FAMILIES, errors, floats
+from dynq.kernels import FAMILIES, ON_CARD, errors, floats
 
 CHUNK = 1 << 17  # weights encoded at a time by one thread: the chunk and its codes stay in a core's cache
+CARD_CHUNK = 1 << 21  # weights encoded at a time on a card: other threads pack meanwhile what it has found
 # least importance, of the mean and of the largest in a block: keeps least squares solvable for channels never seen
 FLOOR = 1e-6
 LEVELS = ("plain", "search")
@@ -28,6 +29,7 @@ def quantize(
     *,
     level: str = "plain",
     threads: int | None = None,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Encode float32 weights [..., n] as `fmt`: uint8 [..., row_bytes].
 
@@ -39,13 +41,16 @@ def quantize(
 
     level: `plain` searches about as far as llama.cpp does; `search` tries more scales in up to four times the time and
     errs less on any tensor of some size, though not in every single block.
-    threads: default all cores; the bytes do not depend on it. DynqError for an unknown format, a row that does not
+    threads: default all cores; the bytes do not depend on it.
+    device: where scales are searched, as torch names it; on a card for the families in dynq.kernels.ON_CARD, other
+    formats stay on the processor. Nearly all codes are the same on both (dynq.kernels.on_card).
+    DynqError for an unknown format, a row that does not
     divide into blocks, NaN or infinity (with the position), and an importance that does not fit.
     """
     check_level(level)
     weights = np.asarray(weights)
     if importance is not None and np.ndim(importance) == 2:
-        return _quantize_experts(weights, fmt, np.asarray(importance), level, threads)
+        return _quantize_experts(weights, fmt, np.asarray(importance), level, threads, device)
     if weights.ndim == 0 or weights.shape[-1] == 0:
         raise DynqError(f"quantize needs rows of weights, got an array of shape {weights.shape}")
     n = weights.shape[-1]
@@ -57,13 +62,14 @@ def quantize(
             f"{fmt} cannot be encoded without importance: give an importance matrix, or take another format"
         )
     out = np.empty((rows.shape[0], size), np.uint8)
-    encode = _encoder(fmt, columns, level)
+    on_card = device.startswith("cuda") and FAMILIES.get(fmt) in ON_CARD
+    encode = _encoder(fmt, columns, level, on_card)
 
     def work(part: slice) -> None:
         _check_finite(rows, part, weights.shape)
         encode(rows[part], out[part])
 
-    spread(work, len(rows), max(1, CHUNK // n), threads)
+    spread(work, len(rows), max(1, (CARD_CHUNK if on_card else CHUNK) // n), threads)
     return out.reshape(*weights.shape[:-1], size)
 
 
@@ -75,12 +81,12 @@ def check_level(level: str, more: tuple[str, ...] = ()) -> None:
 
 
 def _quantize_experts(
-    weights: np.ndarray, fmt: str, importance: np.ndarray, level: str, threads: int | None
+    weights: np.ndarray, fmt: str, importance: np.ndarray, level: str, threads: int | None, device: str
 ) -> np.ndarray:
     _check_experts(weights, importance)
     out = np.empty((*weights.shape[:2], formats.row_bytes(fmt, weights.shape[2])), np.uint8)
     for expert, (w, own) in enumerate(zip(weights, importance, strict=True)):
-        out[expert] = quantize(w, fmt, own, level=level, threads=threads)
+        out[expert] = quantize(w, fmt, own, level=level, threads=threads, device=device)
     return out
 
 
@@ -194,15 +200,20 @@ def cores() -> int:
 Encode = Callable[[np.ndarray, np.ndarray], None]
 
 
-def _encoder(name: str, columns: np.ndarray | None, level: str) -> Encode:
+def _encoder(name: str, columns: np.ndarray | None, level: str, on_card: bool) -> Encode:
     """The function (float32 [rows, n], uint8 [rows, row_bytes] to fill) of a format."""
     if name in _FLOATS:
         return _FLOATS[name]
     form = formats.get(name)
     w = None if columns is None else columns.reshape(-1, form.block)
+    run: tuple[Callable[..., None], ...] = ()
+    if on_card:
+        from dynq.kernels import on_card as card
+
+        run = (card.run,)
 
     def encode(rows: np.ndarray, out: np.ndarray) -> None:
-        FAMILIES[name].encode(name, rows.reshape(-1, form.block), w, level, out.reshape(-1, form.block_bytes))
+        FAMILIES[name].encode(name, rows.reshape(-1, form.block), w, level, out.reshape(-1, form.block_bytes), *run)
 
     return encode
 

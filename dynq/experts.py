@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from dynq.fisher import Fisher
 from dynq.imatrix import Importance
 from dynq.layerwise import reader
 from dynq.progress import progress
-from dynq.recorder import Recorder, Use
+from dynq.recorder import Recorder
 from dynq.text import encode_prompt, further_chunks, prompts, sample_chats
+from dynq.threads import one_thread_each
 
 WANTED = 64
 """Tokens under which an expert is starved: its own mean then weighs less than four times the other experts'."""
@@ -74,11 +76,11 @@ def top_up(
         return importance, 0
     sums = {name: importance.sums[name].astype(np.float64) for name in names}
     counts = {name: importance.counts[name].astype(np.float64) for name in names}
-    recorder = Recorder(model, checkpoint)
+    at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
 
-    def seen(ids: Sequence[int]) -> Iterator[tuple[str, Use, np.ndarray]]:
-        """Tensor, what it read of one text, and the expert of each row of that."""
-        recorder.clear()
+    def seen(ids: Sequence[int]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Tensor, what it read of one text, in the order of its columns, and the expert of each row of that."""
+        recorder = Recorder(model, checkpoint)
         with torch.no_grad(), recorder:
             model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
         for name in names:
@@ -86,17 +88,30 @@ def top_up(
             if unit not in recorder.used:
                 continue  # no token of a short text reached this layer's experts, or all of it is elsewhere
             use = recorder.use(unit)
-            if use.expert is not None:
-                yield name, use, use.expert.cpu().numpy()
+            shape, flipped = tuple(recorder.units[unit].shape), unit in recorder.flipped
+            columns = checkpoint.architecture.slot_of(name).columns(shape, flipped)
+            if use.expert is not None and columns is not None:
+                yield name, use.x.cpu().numpy()[:, columns], use.expert.cpu().numpy()
 
     def reach(ids: Sequence[int]) -> int:
         return sum(int((counts[name] < wanted)[expert].sum()) for name, _, expert in seen(ids))
+
+    def read_ahead(texts: Iterator[list[int]]) -> Iterator[tuple[list[int], list[tuple[str, np.ndarray, np.ndarray]]]]:
+        """Each text and what was seen of it: several side by side, in their order."""
+        while some := list(islice(texts, at_once)):
+            with one_thread_each(at_once) as workers:
+                found = list(workers.map(lambda ids: list(seen(ids)), some))
+            yield from zip(some, found, strict=True)
 
     def texts() -> Iterator[list[int]]:
         yield from further_chunks(spec, tokenizer, n_ctx=n_ctx, skip=n_chunks, most=limit)
         generator = torch.Generator().manual_seed(seed + 1)
         asked = [ids for messages in prompts("calibrate") if (ids := encode_prompt(tokenizer, messages)[: n_ctx // 2])]
-        found = [reach(prompt) for prompt in progress(asked, desc="prompts for starved experts", unit="prompt")]
+        with one_thread_each(at_once) as workers:
+            reached = progress(
+                workers.map(reach, asked), total=len(asked), desc="prompts for starved experts", unit="prompt"
+            )
+            found = list(reached)
         order = np.argsort(np.negative(found), kind="stable")
         for at in range(0, len(order), _AT_ONCE):
             batch = [asked[i] for i in order[at : at + _AT_ONCE]]
@@ -104,16 +119,10 @@ def top_up(
 
     read = 0
     with progress(total=limit * n_ctx, desc="text for starved experts", unit="tok") as bar:
-        for ids in _up_to(texts(), limit * n_ctx):
-            for name, use, expert in seen(ids):
-                unit, few = recorder.tensors[name], starved(counts[name], wanted)
-                shape, flipped = tuple(recorder.units[unit].shape), unit in recorder.flipped
-                columns = checkpoint.architecture.slot_of(name).columns(shape, flipped) if few else None
-                if columns is None:
-                    continue
-                x = use.x.double().cpu().numpy()[:, columns]
-                for e in few:
-                    rows = x[expert == e]
+        for ids, uses in read_ahead(_up_to(texts(), limit * n_ctx)):
+            for name, x, expert in uses:
+                for e in starved(counts[name], wanted):
+                    rows = x[expert == e].astype(np.float64)
                     sums[name][e] += np.square(rows).sum(axis=0)
                     counts[name][e] += len(rows)
             read += len(ids)

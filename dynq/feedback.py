@@ -23,9 +23,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dynq import codec, formats
-from dynq.compensate import Metric, encode_rows, shrunk
+from dynq.compensate import Metric, encode_rows, on_card, shrunk
 from dynq.errors import DynqError
 from dynq.kernels import scales
+from dynq.kernels.arrays import Array, beside, host, namespace, placed
 
 SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until the error rises
 TOLERANCE = 0.01
@@ -41,7 +42,7 @@ F = np.float32
 class Hessian:
     """Sum of w_s x_s x_s^T over the inputs x_s of a layer: matrix float [n, n], and how many inputs there were."""
 
-    matrix: np.ndarray
+    matrix: Array
     tokens: int
 
     def ordered(self, order: np.ndarray) -> "Hessian":
@@ -89,7 +90,7 @@ def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: Inputs) -> fl
     weights, decoded = np.asarray(weights), np.asarray(decoded)
     if weights.shape != decoded.shape or weights.ndim != 2:
         raise DynqError(f"weights {weights.shape} and decoded {decoded.shape} must be equal matrices")
-    return _error(weights, decoded, _checked(inputs, weights.shape[-1]))
+    return _error(weights, decoded, _checked(inputs, weights.shape[-1], "cpu"))
 
 
 # the products are small: threads of BLAS, beside our own over rows, take six times the processor's time
@@ -103,6 +104,7 @@ def encode(
     *,
     guard: bool = True,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> Encoded:
     """Encode float32 weights [rows, n] so that the outputs of a layer err little.
 
@@ -113,6 +115,8 @@ def encode(
     mean square of all inputs.
     guard: protect domains that were not calibrated. Each fitted domain is left out once and must not lose; this takes
     at least two domains. False where the model will see nothing but what is fitted here.
+    device: as torch names it; the processor where a card has no room for the Hessians. On a card sums of products come
+    in another order, so in a few rows of a thousand some codes may differ from the processor's.
 
     Falls back to the better of `search` and `plain`, and says why, for a format without feedback, too few inputs, or
     where inputs kept aside do not gain. The same input gives the same bytes, whatever `threads` is.
@@ -124,13 +128,16 @@ def encode(
         raise DynqError(f"feedback works on matrices [rows, n], got shape {weights.shape}")
     rows, n = weights.shape
     formats.row_bytes(fmt, n)
-    fitted, kept = (_domains(inputs, n) for inputs in (fit, aside))
+    domains = [[inputs] if isinstance(inputs, Hessian | np.ndarray) else inputs for inputs in (fit, aside)]
+    device = _with_room(device, n, sum(map(len, domains)))
+    fitted, kept = ([_checked(one, n, device) for one in some] for some in domains)
     both = _sum([*fitted, *kept], n)
     if importance is None and (both.matrix.diagonal().any() or formats.get(fmt).needs_importance):
-        importance = both.matrix.diagonal()
+        importance = host(both.matrix.diagonal())
     weights = np.ascontiguousarray(weights, dtype=F)
     candidates = {
-        level: codec.quantize(weights, fmt, importance, level=level, threads=threads) for level in codec.LEVELS
+        level: codec.quantize(weights, fmt, importance, level=level, threads=threads, device=device)
+        for level in codec.LEVELS
     }
     trial = np.arange(min(rows, TRIAL_ROWS)) * rows // max(1, min(rows, TRIAL_ROWS))
     part = np.ascontiguousarray(weights[trial])
@@ -184,8 +191,8 @@ def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> st
 
 
 def _error(weights: np.ndarray, decoded: np.ndarray, h: Hessian) -> float:
-    error = weights.astype(np.float64) - decoded
-    return float(np.sum((error @ h.matrix) * error))
+    error = beside(weights.astype(np.float64) - decoded, h.matrix)
+    return float(((error @ h.matrix) * error).sum())
 
 
 def _left_out(
@@ -197,7 +204,7 @@ def _left_out(
         others = _sum([h for i, h in enumerate(fitted) if i != k], part.shape[1]).matrix
         if not domain.tokens or not others.diagonal().any():
             continue
-        plain = codec.quantize(part, form.name, others.diagonal(), threads=threads)
+        plain = codec.quantize(part, form.name, host(others.diagonal()), threads=threads)
         ours = _feedback(part, form, others, shrinkage, threads)
         after, before = (_error(part, codec.dequantize(x, form.name, threads=threads), domain) for x in (ours, plain))
         worst = max(worst, after / before) if before > 0 else worst
@@ -208,39 +215,47 @@ def _mean(ratios: np.ndarray) -> float:
     return float(np.exp(np.log(np.maximum(ratios, 1e-30)).mean()))
 
 
-def _checked(inputs: Inputs, n: int) -> Hessian:
+def _checked(inputs: Inputs, n: int, device: str) -> Hessian:
     if not isinstance(inputs, Hessian):
         inputs = hessian(inputs)
-    h = np.asarray(inputs.matrix, dtype=np.float64)
+    h = placed(np.asarray(inputs.matrix, dtype=np.float64), device)
     if h.shape != (n, n):
-        raise DynqError(f"a Hessian has shape {h.shape}, the rows have {n} weights")
-    if not np.isfinite(h).all():
+        raise DynqError(f"a Hessian has shape {tuple(h.shape)}, the rows have {n} weights")
+    xp, diagonal = namespace(h), host(h.diagonal())
+    if not xp.isfinite(h).all():
         raise DynqError("a Hessian is not finite")
-    if (h.diagonal() < 0).any():
-        raise DynqError(f"a Hessian has a negative diagonal at column {int(np.argmax(h.diagonal() < 0))}")
-    if np.abs(h - h.T).max(initial=0) > 1e-4 * h.diagonal().max(initial=0):
+    if (diagonal < 0).any():
+        raise DynqError(f"a Hessian has a negative diagonal at column {int(np.argmax(diagonal < 0))}")
+    if (abs(h - h.T) > 1e-4 * diagonal.max(initial=0)).any():
         raise DynqError("a Hessian is not symmetric")
-    size = np.sqrt(h.diagonal())
-    if (np.abs(h) > 1.001 * size[:, None] * size + 1e-9 * size.max(initial=0) ** 2).any():
+    size = beside(np.sqrt(diagonal), h)
+    if (abs(h) > 1.001 * size[:, None] * size + 1e-9 * diagonal.max(initial=0)).any():
         raise DynqError("a Hessian is no sum of x x^T: an entry is larger than its diagonal allows")
     return Hessian(h, inputs.tokens)
 
 
-def _domains(inputs: Inputs | Sequence[Inputs], n: int) -> list[Hessian]:
-    domains = [inputs] if isinstance(inputs, Hessian | np.ndarray) else inputs
-    return [_checked(one, n) for one in domains]
+def _with_room(device: str, n: int, hessians: int) -> str:
+    """The device, or the processor where so many Hessians and what is made of them do not fit."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if (hessians + 8) * 8 * n * n < free else "cpu"
 
 
 def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
-    return Hessian(sum((h.matrix for h in parts), np.zeros((n, n))), sum(h.tokens for h in parts))
+    total = beside(np.zeros((n, n)), parts[0].matrix) if parts else np.zeros((n, n))
+    return Hessian(sum((h.matrix for h in parts), total), sum(h.tokens for h in parts))
 
 
-def _feedback(
-    weights: np.ndarray, form: scales.Grid, h: np.ndarray, shrinkage: float, threads: int | None
-) -> np.ndarray:
-    """All three steps with one shrinkage: uint8 [rows, row_bytes]."""
+def _feedback(weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> np.ndarray:
+    """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]."""
     rows, n = weights.shape
     metric = Metric.of(shrunk(h, shrinkage), form.group)
+    if not isinstance(h, np.ndarray):  # all rows at once keep a card busy
+        with namespace(h).cuda.device_of(h):
+            return encode_rows(weights, form, metric, on_card())
     out = np.empty((rows, formats.row_bytes(form.name, n)), np.uint8)
 
     def work(part: slice) -> None:

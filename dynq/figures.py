@@ -181,7 +181,7 @@ def _bpw(names: Iterable[str], recipe: Mapping[str, str], tensors: "Mapping[str,
 
 
 def search_steps(lines: Sequence[Mapping[str, Any]]) -> Picture:
-    """Held-out KLD at the start and after each accepted step of a search. lines: of `dynq.search.read_log`."""
+    """Held-out KLD at the start and after each accepted step of a search. lines: of `dynq.search_log.read_log`."""
     steps = [line for line in lines if "kld_held_out" in line]
     held_out = [line["kld_held_out"] for line in steps]
     figure = go.Figure(

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dynq.errors import DynqError
 
 _STEP = 1 << 24  # bytes read at once
@@ -45,8 +47,8 @@ def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
         yield beside
         _flush(beside)
         beside.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_full(error):
             what = f"the file needs {needs:,} bytes" if needs else "make room and run the same command again"
             raise DynqError(f"{path}: the disk is full; {what}") from error
         raise
@@ -54,6 +56,25 @@ def replacing(path: str | Path, needs: int = 0) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not every system opens a directory
         _flush(path.parent)  # the rename, too, is on the disk
+
+
+def is_full(error: Exception) -> bool:
+    """Whether an error says that the disk is full. Those of safetensors have the system's number in their text."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def disk_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A new file as an array. The disk sets its bytes aside: were it full later, the system would end the process."""
+    with path.open("wb") as file:
+        file.truncate(size := int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if is_full(error):
+                    raise
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 def _flush(path: Path) -> None:

@@ -28,12 +28,14 @@ One sequence is one safetensors file, or several where it is computed layer by l
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dynq.errors import DynqError
 from dynq.recorder import HEAD, Recorder
@@ -89,7 +91,7 @@ def choose_tokens(size: torch.Tensor, n: int, generator: torch.Generator) -> tup
 def _unit(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of length 1 as float16 (what their range was no longer matters) and their lengths as float64."""
     length = rows.double().square().sum(-1).sqrt()
-    return (rows / length.clamp(min=1e-30).to(rows.dtype)[:, None]).half().cpu().contiguous(), length.cpu()
+    return (rows.float() / length.clamp(min=1e-30).float()[:, None]).half().contiguous(), length
 
 
 def probe_error(weight: torch.Tensor, block: int = 32) -> torch.Tensor:
@@ -125,27 +127,27 @@ def sequence_samples(recorder: Recorder, keep: int, seed: int) -> tuple[dict[str
         uses = {unit: recorder.use(unit) for unit in units}
         x, expert = uses[first].x, uses[first].expert
         lookup = not x.is_floating_point()
-        length2 = torch.ones(len(x), dtype=torch.float64) if lookup else x.double().square().sum(-1).cpu()
-        size = torch.zeros(len(x), dtype=torch.float64)
+        size = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        length2 = torch.ones_like(size) if lookup else x.double().square().sum(-1)
         gradients = {unit: torch.zeros(0) if use.g is None else use.g for unit, use in uses.items()}
         for g in gradients.values():  # members of a group weigh alike, however large their gradients are
-            term = length2 * torch.linalg.vector_norm(g, dim=-1).double().square().cpu()
+            term = length2 * torch.linalg.vector_norm(g, dim=-1).double().square()
             size += term / term.sum().clamp(min=1e-300)
         generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(first.encode()))
-        index, out[f"{first}.weight"] = choose_tokens(size, keep, generator)
+        index, out[f"{first}.weight"] = choose_tokens(size.cpu(), keep, generator)
         index = index.to(x.device)
         if lookup:
-            out[f"{first}.x"], out[f"{first}.length"] = x[index].cpu(), torch.ones(len(index), dtype=torch.float64)
+            out[f"{first}.x"], out[f"{first}.length"] = x[index], torch.ones(len(index), dtype=torch.float64)
         else:
             out[f"{first}.x"], out[f"{first}.length"] = _unit(x[index])
             n_expert = len(recorder.units[first]) if expert is not None else 1
             rows = torch.zeros(len(x), dtype=torch.int64, device=x.device) if expert is None else expert
             sums = torch.zeros(n_expert, x.shape[-1], dtype=torch.float64, device=x.device)
             sums.index_add_(0, rows, x.double().square())
-            out[f"{first}.in_sum2"] = (sums if expert is not None else sums[0]).cpu()
-            out[f"{first}.counts"] = torch.bincount(rows, minlength=n_expert).double().cpu()
+            out[f"{first}.in_sum2"] = sums if expert is not None else sums[0]
+            out[f"{first}.counts"] = torch.bincount(rows, minlength=n_expert).double()
         if expert is not None:
-            out[f"{first}.expert"] = expert[index].cpu()
+            out[f"{first}.expert"] = expert[index]
         for unit, g in gradients.items():
             if unit == HEAD:
                 continue  # its formula needs no gradient, and an error in the logits of one token touches no other
@@ -153,10 +155,15 @@ def sequence_samples(recorder: Recorder, keep: int, seed: int) -> tuple[dict[str
             parameter, flipped = recorder.units[unit], unit in recorder.flipped
             # blocks lie within rows, so the rows that were looked up are enough of an embedding
             matrix = parameter[x] if lookup else parameter.swapaxes(-1, -2) if flipped else parameter
-            moved = _moved(matrix, torch.arange(len(x)) if lookup else x, expert, probe_error)
-            c = (moved * g).sum(-1).double()
-            out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum().square()]).cpu()
-    return out, groups
+            moved = _moved(matrix, torch.arange(len(x), device=x.device) if lookup else x, expert, _probe)
+            c = (moved.float() * g).sum(-1).double()
+            out[f"{unit}.cross"] = torch.stack([c.square().sum(), c.sum().square()])
+    return {name: values.cpu() for name, values in out.items()}, groups
+
+
+def _probe(matrix: torch.Tensor) -> torch.Tensor:
+    """`probe_error` in the matrix's own type."""
+    return probe_error(matrix.float()).to(matrix.dtype)
 
 
 def _moved(
@@ -201,6 +208,18 @@ class Samples:
         return (_moved(error, self.x, self.expert) * self.g).sum(-1).double()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of samples. DynqError where it is damaged, or is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DynqError(
+            f"{path}: damaged, or no Fisher samples ({error}); delete it, calibration (notebook 03) makes it anew"
+        ) from error
+
+
 class Fisher:
     """Reads the sequences of a ``fisher/`` folder, one tensor at a time."""
 
@@ -215,23 +234,24 @@ class Fisher:
         self.tokens = 0
         self._files: dict[str, list[Path]] = {}  # unit -> where its samples are, in the order of sequences
         for path in self.paths:
-            with safe_open(path, framework="pt") as f:
+            with _opened(path) as f:
                 about = json.loads(f.metadata()["about"])
-            self.tokens += about["tokens"]
-            for first, units in about["groups"].items():
-                self.group |= dict.fromkeys(units, first)
-                for unit in units:
-                    self._files.setdefault(unit, []).append(path)
-            self.unit |= about["tensors"]
-            self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
-            self.flipped |= set(about["flipped"])
+                self.tokens += about["tokens"]
+                for first, units in about["groups"].items():
+                    self.group |= dict.fromkeys(units, first)
+                    for unit in units:
+                        self._files.setdefault(unit, []).append(path)
+                self.unit |= about["tensors"]
+                self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
+                self.flipped |= set(about["flipped"])
 
     def _each(self, unit: str, what: str) -> Iterator[torch.Tensor]:
         for path in self._files[unit]:
-            with safe_open(path, framework="pt") as f:
-                yield f.get_tensor(f"{unit}.{what}")
+            with _opened(path) as f:
+                found = f.get_tensor(f"{unit}.{what}")
+            yield found
 
-    def samples(self, name: str, device: str = "cpu") -> Samples:
+    def samples(self, name: str, device: torch.device | str = "cpu") -> Samples:
         """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied), on a device."""
         unit = self.unit[name]
         group = self.group[unit]
@@ -250,7 +270,7 @@ class Fisher:
         """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
         are, float64 ``[n_mat]``; None for an embedding, which has no inputs."""
         group = self.group[self.unit[name]]
-        with safe_open(self._files[group][0], framework="pt") as f:
+        with _opened(self._files[group][0]) as f:
             if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
         sums, counts = (np.sum([p.numpy() for p in self._each(group, w)], axis=0) for w in ("in_sum2", "counts"))

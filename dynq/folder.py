@@ -1,16 +1,19 @@
 """A run folder: what was made from what, so that nothing is made twice and nothing stale is kept.
 
 Every step of a run names its parameters, the content hashes of what it reads, and the files it writes. ``run.json``
-keeps all of that, without times or host names: the same inputs give the same bytes. A step whose record still holds is
+keeps all of that, and on which processor and with how many threads a step was made, without times or host names: the
+same inputs give the same bytes on one machine. A step whose record still holds is
 skipped; one that was cut off goes on from the part files it left.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -141,11 +144,12 @@ class RunFolder:
         n_chunks: int,
         seed: int,
         name: str = "text",
+        device: str = "cpu",
     ) -> dict[str, Any]:
         """The tokens of one split, made once, as ``<split>-text.json``: description, sha256, domains, tokens.
 
         split, spec, n_ctx, n_chunks, seed: as `dynq.text.load_text` takes them; model: gives the original, called only
-        if the text must be sampled; name: what the user calls `spec`, for messages.
+        if the text must be sampled, and device: where that is; name: what the user calls `spec`, for messages.
         """
         from dynq.text import check_held_out, load_text, text_files
         from dynq.torch_model import load_tokenizer
@@ -161,6 +165,7 @@ class RunFolder:
             check_held_out(calibrated.get("text", ""), spec)
         file = f"{split}-text.json"
         settings = {name: spec, "n_ctx": n_ctx, "n_chunks": n_chunks, "seed": seed}
+        settings |= {} if files else {"device": device}
         with self.step(f"{split}-text", parameters=settings, inputs=inputs, outputs=[file]) as todo:
             if todo:
                 text = load_text(
@@ -212,8 +217,11 @@ class RunFolder:
         for file in files:
             if not (self / file).exists():
                 raise DynqError(f"{self / file}: not there yet; run the notebooks before this one first")
-        reads = {**(inputs or {}), **{file: content_hash(self / file) for file in files}, "dynq": dynq.__version__}
+        hashes = {file: content_hash(self / file) for file in files}
+        self._check_made(hashes)
+        reads = {**(inputs or {}), **hashes, "dynq": dynq.__version__}
         record: dict[str, Any] = {"state": "started", "parameters": parameters, "inputs": reads, "outputs": {}}
+        record["machine"] = {"processor": _processor(), "threads": _threads()}
         old = self.state["steps"].get(name, {})
         same = old.get("parameters") == parameters and old.get("inputs") == reads
         if same and old["state"] == "done" and list(old["outputs"]) == list(outputs):
@@ -237,6 +245,15 @@ class RunFolder:
             record["outputs"] = {file: content_hash(self / file) for file in outputs}
             self._record(name, record | {"state": "done"})
 
+    def _check_made(self, hashes: Mapping[str, str]) -> None:
+        """DynqError for a file that is not what the step which is recorded for it has made."""
+        for name, step in self.state["steps"].items():
+            for file, made in step["outputs"].items():
+                if hashes.get(file, made) != made:
+                    raise DynqError(
+                        f"{self / file}: not what {name} has made, changed since or damaged; make that step anew"
+                    )
+
     def _forget(self, name: str) -> None:
         self._write_steps({key: step for key, step in self.state["steps"].items() if key != name})
 
@@ -256,11 +273,18 @@ class RunFolder:
 
         Gives the locked file: a child that inherits it has the lock too. None within a parent's lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl is None or os.environ.get(LOCKED) == str(self.path):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            inherited = fcntl is None or os.environ.get(LOCKED) == str(self.path)
+            opened = None if inherited else (self / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise DynqError(
+                f"{self.path}: cannot be written to ({error.strerror}); choose another folder (--out, run)"
+            ) from error
+        if opened is None:
             yield None
             return
-        with (self / "lock").open("a+", encoding="utf-8") as file:
+        with opened as file:
             _lock(file, self.path)
             yield file
 
@@ -278,8 +302,8 @@ def _lock(file: TextIO, path: Path) -> None:
 def sign(file: TextIO, pid: int) -> None:
     """Write into a locked file whose the lock is."""
     file.truncate(0)
-    file.write(str(pid))
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
+        os.write(file.fileno(), str(pid).encode())
 
 
 def _is_step(value: Any) -> bool:
@@ -314,6 +338,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _threads() -> int:
+    """Those that torch takes, which a notebook sets first of all."""
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells: bytes of sums depend on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

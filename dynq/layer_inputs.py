@@ -1,30 +1,36 @@
 """What the layers of a model read, and its tensors encoded by that: errors fed back, see `dynq.feedback`."""
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dynq import feedback
 from dynq.checkpoint import Checkpoint
+from dynq.devices import free
 from dynq.encoding import Stream, quantize_tensor
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.imatrix import Importance
 from dynq.kernels import scales
+from dynq.kernels.on_card import usable
 from dynq.layerwise import reader
 from dynq.progress import progress
+from dynq.threads import each, one_thread_each
 
 if TYPE_CHECKING:
     import pyarrow
 
 ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
 BUDGET = 8 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
+_ROWS = 1024  # of a Hessian that a thread sums up at once; the bytes depend on it
 _BYTES = 4 + 8  # of an entry: as it is summed up, and as `feedback.encode` works on it
 
 
@@ -37,7 +43,6 @@ def feed_back(
     domains: Sequence[str],
     parts: Path,
     *,
-    batch: int = 4,
     threads: int | None = None,
     desc: str = "encode",
 ) -> Stream:
@@ -46,6 +51,7 @@ def feed_back(
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
     chunk. `kept_aside` of them judge, see `feedback.encode`.
     parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
+    Encoders run on the model's card where numba.cuda can compile for it.
     A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
     """
     parts.mkdir(exist_ok=True)
@@ -54,22 +60,26 @@ def feed_back(
     fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
     each = 2 * len(set(domains)) * _BYTES
     sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
+    device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
-            missing = [n for n, part in made.items() if not (part.exists() and _told(part)["format"] == chosen[n])]
+            missing = [n for n, part in made.items() if not _holds(part, chosen[n])]
             reading = {name: modules[name] for name in missing if name in fed}
-            hessians = collect(model, reading, tokens, domains, batch=batch) if reading else {}
+            hessians = collect(model, reading, tokens, domains, threads=threads) if reading else {}
             for name in bunch:
                 if name in missing:
                     read = hessians.get(name)
                     order = checkpoint.architecture.slot_of(name).cols
                     if read and order is not None:
-                        read = tuple([h.ordered(order) for h in some] for some in read)
+                        fit, aside = ([h.ordered(order) for h in some] for some in read)
+                        read = fit, aside
                     reason = f"{chosen[name]} has no feedback" if name in modules else unread
-                    _encode_part(checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads)
+                    _encode_part(
+                        checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads, device
+                    )
                 with safe_open(_part(parts, name), framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")
                 bar.update(1)
@@ -86,6 +96,7 @@ def _encode_part(
     guard: bool,
     parts: Path,
     threads: int | None,
+    device: str,
 ) -> None:
     """inputs: Hessians to fit and kept aside, or why there are none."""
     told: dict[str, Any] = {"tensor": name, "format": fmt}
@@ -94,7 +105,7 @@ def _encode_part(
         told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
     else:
         mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
-        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads)
+        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads, device=device)
         data = made.data
         told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
     with replacing(_part(parts, name)) as beside:
@@ -103,6 +114,14 @@ def _encode_part(
 
 def _part(parts: Path, name: str) -> Path:
     return parts / f"{name}.safetensors"
+
+
+def _holds(part: Path, fmt: str) -> bool:
+    """Whether a part is there, whole, and of this format."""
+    try:
+        return bool(_told(part)["format"] == fmt)
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
+        return False  # it is made anew
 
 
 def _told(part: Path) -> dict[str, Any]:
@@ -158,54 +177,92 @@ def _bunches(names: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[lis
         yield bunch
 
 
-@torch.no_grad()
 def collect(
-    model: Any, modules: Mapping[str, torch.nn.Linear], tokens: np.ndarray, domains: Sequence[str], *, batch: int = 4
+    model: Any,
+    modules: Mapping[str, torch.nn.Linear],
+    tokens: np.ndarray,
+    domains: Sequence[str],
+    *,
+    threads: int | None = None,
 ) -> dict[str, tuple[list[feedback.Hessian], list[feedback.Hessian]]]:
     """Name -> Hessians of a layer's inputs, of every domain: those to fit, and those of the chunks kept aside.
 
     modules: name -> linear layer; layers that read the same input share their Hessians. tokens int32 [n_chunks, n_ctx].
+    threads: chunks that are read at once on a CPU, by default as many as torch has threads. Sums run over chunks in
+    their order, so the bytes do not depend on it.
     """
-    inputs: dict[str, torch.Tensor] = {}
+    local = threading.local()  # a chunk has a thread of its own
 
     def hook(name: str) -> Any:
         def keep(module: Any, args: tuple) -> None:
-            inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
+            local.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
 
         return keep
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
-    head = model.get_output_embeddings() in modules.values()
-    labels = list(dict.fromkeys(domains))
+    # the head is spared where its inputs are not wanted
+    spared = {} if model.get_output_embeddings() in modules.values() else {"logits_to_keep": 1}
+    at_once = (threads or torch.get_num_threads()) if model.device.type == "cpu" else 1
+    keys = list(zip(domains, kept_aside(domains).tolist(), strict=True))
+    on_card = _on_card(modules, len(set(domains)))
     sums: dict[tuple[str, str, bool], torch.Tensor] = {}
-    counts: dict[tuple[str, bool], int] = {}
+    read: dict[int, dict[str, torch.Tensor]] = {}
     shared: dict[str, str] = {}
+
+    @torch.no_grad()
+    def forward(i: int) -> None:
+        local.inputs = {}
+        ids = torch.from_numpy(tokens[i : i + 1].astype(np.int64)).to(model.device)
+        model(input_ids=ids, use_cache=False, **spared)
+        first: dict[int, str] = {}
+        shared.update({name: first.setdefault(x.data_ptr(), name) for name, x in local.inputs.items()})
+        read[i] = {name: local.inputs[name].float() for name in first.values()}
+        del local.inputs
+
+    def add(chunks: range, parts: Sequence[tuple[str, slice]], k: int) -> None:
+        """Some rows of a layer's Hessians."""
+        name, rows = parts[k]
+        for i in chunks:
+            x = read[i][name]
+            sums[name, *keys[i]][rows] += (x[:, rows].T @ x).to(sums[name, *keys[i]].device)
+
     try:
-        with progress(total=len(tokens), desc="layer inputs", unit="chunk") as bar:
-            for domain, aside, rows in _runs(domains, batch):
-                ids = torch.from_numpy(tokens[rows].astype(np.int64)).to(model.device)
-                # the head is spared where its inputs are not wanted
-                model(input_ids=ids, use_cache=False, **({} if head else {"logits_to_keep": 1}))
-                first: dict[int, str] = {}
-                shared = {name: first.setdefault(x.data_ptr(), name) for name, x in inputs.items()}
-                for name in first.values():
-                    x, key = inputs[name].float(), (name, domain, aside)
-                    sums[key] = (x.T @ x).cpu() + sums[key] if key in sums else (x.T @ x).cpu()
-                counts[domain, aside] = counts.get((domain, aside), 0) + ids.numel()
-                inputs.clear()
-                bar.update(len(rows))
+        with (
+            progress(total=len(tokens), desc="layer inputs", unit="chunk") as bar,
+            one_thread_each(at_once) as workers,
+        ):
+            for start in range(0, len(tokens), at_once):
+                chunks = range(start, min(start + at_once, len(tokens)))
+                each(workers, forward, chunks, bar)
+                widths = {name: x.shape[1] for name, x in read[start].items()}
+                for name, n in widths.items():
+                    place = read[start][name].device if on_card else "cpu"
+                    for i in chunks:
+                        sums.setdefault((name, *keys[i]), torch.zeros(n, n, device=place))
+                parts = [(name, slice(at, at + _ROWS)) for name, n in widths.items() for at in range(0, n, _ROWS)]
+                each(workers, partial(add, chunks, parts), range(len(parts)))
+                read.clear()
     finally:
         for handle in handles:
             handle.remove()
-
-    def of(name: str, aside: bool) -> list[feedback.Hessian]:
-        keys = [(domain, aside) for domain in labels if (domain, aside) in counts]
-        return [feedback.Hessian(sums[shared[name], *key].numpy(), counts[key]) for key in keys]
-
     missing = [name for name in modules if name not in shared]
     if missing:
         raise DynqError(f"{missing[0]}: the model does not call this layer")
+
+    def of(name: str, aside: bool) -> list[feedback.Hessian]:
+        own = [(domain, aside) for domain in dict.fromkeys(domains) if (domain, aside) in keys]
+        return [
+            feedback.Hessian(sums[shared[name], *key].cpu().numpy(), keys.count(key) * tokens.shape[1]) for key in own
+        ]
+
     return {name: (of(name, False), of(name, True)) for name in modules}
+
+
+def _on_card(modules: Mapping[str, torch.nn.Linear], domains: int) -> bool:
+    """Whether sums are kept where layers are computed: on a card, if they take no more than half of what is free."""
+    most = sum(2 * domains * 4 * module.in_features**2 for module in modules.values())
+    cards = {module.weight.device for module in modules.values()}
+    return all(card.type == "cuda" and 2 * most < free(card) for card in cards)
 
 
 def kept_aside(domains: Sequence[str]) -> np.ndarray:
@@ -217,13 +274,3 @@ def kept_aside(domains: Sequence[str]) -> np.ndarray:
         own = np.flatnonzero(labels == domain)
         aside[own[ASIDE - 1 :: ASIDE] if len(own) >= ASIDE or len(own) == 1 else own[-1:]] = True
     return aside
-
-
-def _runs(domains: Sequence[str], batch: int) -> Iterator[tuple[str, bool, list[int]]]:
-    """(domain, whether kept aside, up to ``batch`` chunk numbers): every chunk once."""
-    apart = kept_aside(domains)
-    for domain in dict.fromkeys(domains):
-        for aside in (False, True):
-            rows = [i for i, own in enumerate(domains) if own == domain and apart[i] == aside]
-            for start in range(0, len(rows), batch):
-                yield domain, aside, rows[start : start + batch]

@@ -19,8 +19,16 @@ _BESIDES = 0.75  # of the memory may be weights: activations, Hessians and the i
 _CGROUPS = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 
 
-def available() -> int:
-    """Bytes of memory that this process can have: what is free, within the limits of its container and the user's."""
+def available(device: str = "cpu") -> int:
+    """Bytes of memory that this process can have: what is free, within the limits of its container and the user's.
+
+    device: a card has its own memory, all that is free; "auto": that of all cards.
+    """
+    if device != "cpu":
+        from dynq.devices import AUTO, cards, free  # imports torch
+
+        if all_of := cards() if device == AUTO else [device]:
+            return sum(map(free, all_of))
     limits = [_free()]
     for name in _CGROUPS:
         if container := _number(Path("/sys/fs/cgroup") / name):
@@ -33,15 +41,27 @@ def available() -> int:
     return min(limits)
 
 
-def resident(checkpoint: Checkpoint) -> int:
-    """Bytes of a model's weights in float32."""
-    return 4 * checkpoint.n_weights
+def resident(checkpoint: Checkpoint, dtype: str = "float32") -> int:
+    """Bytes of a model's weights."""
+    return (4 if dtype == "float32" else 2) * checkpoint.n_weights
 
 
-def fits(checkpoint: Checkpoint, copies: int = 1) -> bool:
+def fits(checkpoint: Checkpoint, device: str = "cpu", dtype: str = "float32", *, copies: int = 1) -> bool:
     """Whether a model can be in memory as a whole, so many times; else its layers are read when they are called
     (`layerwise`)."""
-    return copies * resident(checkpoint) <= _BESIDES * available()
+    return copies * resident(checkpoint, dtype) <= _BESIDES * available(device)
+
+
+def places(checkpoint: Checkpoint, device: str, dtype: str = "float32") -> list[str]:
+    """The devices that a model goes to: one, or with "auto" all cards, where no single one takes it and they do."""
+    from dynq.devices import AUTO, CPU, cards  # imports torch
+
+    if device != AUTO:
+        return [device]
+    if alone := [card for card in cards() if fits(checkpoint, card, dtype)]:
+        return alone[:1]
+    together = checkpoint.architecture.layers_apart and fits(checkpoint, AUTO, dtype)
+    return (cards() if together else cards()[:1]) or [CPU]
 
 
 def for_weights(free: float) -> float:

@@ -28,8 +28,9 @@ _MATMUL = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.
 class Use:
     """What one parameter multiplied.
 
-    x: float32 ``[n, n_in]``, or int64 ``[n]``, the rows that were looked up. g: float32 ``[n, n_out]``, the gradient at
-    the product, None without a backward pass. expert: int64 ``[n]``, which matrix of a stack, None for a single matrix.
+    x: ``[n, n_in]`` of the model's dtype, or int64 ``[n]``, the rows that were looked up. g: float32 ``[n, n_out]``,
+    the gradient at the product, None without a backward pass. expert: int64 ``[n]``, which matrix of a stack, None for
+    a single matrix.
     """
 
     x: torch.Tensor
@@ -101,7 +102,7 @@ class Recorder(TorchFunctionMode):
                 pieces.g[i] if i in pieces.g else torch.zeros(len(rows), n, device=rows.device)
                 for i, (rows, n) in enumerate(zip(pieces.x, pieces.outputs, strict=True))
             ]
-            g = torch.cat(parts) if len(parts) > 1 else parts[0]
+            g = (torch.cat(parts) if len(parts) > 1 else parts[0]).float()
         return Use(x, g, torch.cat(pieces.expert) if pieces.expert else None)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

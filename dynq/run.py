@@ -5,6 +5,7 @@ papermill itself only warns of an unknown parameter and takes any type; here bot
 """
 
 import ast
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
+_FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
 _LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1, "top_up": 0}
 _LEAST |= {"n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
@@ -193,6 +195,11 @@ def check_sizes(tasks: Iterable[Task], checkpoint: "Checkpoint | None" = None) -
 
     tasks = list(tasks)
     steps = {task.step: task.parameters for task in tasks}
+    if devices := {own["device"] for own in steps.values()} - {"cpu"}:
+        from dynq.devices import check_device  # imports torch
+
+        for device in sorted(devices):
+            check_device(device)
     codec.check_level(steps["sensitivity"]["level"])
     for step, own in steps.items():
         if step.startswith("export."):
@@ -296,12 +303,16 @@ def _execute(task: Task, folder: RunFolder, bars: Any) -> None:
             coalesce_streams=True,
             shutdown_kernel="immediate",
         )
+    except OSError as error:  # of the executed notebook itself
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DynqError(_FULL.format(folder.path)) from None
     except papermill.PapermillExecutionError as error:
         beside.replace(executed)
         if error.ename == "DynqError":
             raise DynqError(error.evalue) from None
         if "No space left on device" in error.evalue:
-            raise DynqError(f"{folder.path}: the disk is full; make room and run the same command again") from None
+            raise DynqError(_FULL.format(folder.path)) from None
         if error.ename == "MemoryError":
             raise DynqError(
                 f"{task.output}: out of memory; take fewer threads, a smaller n_ctx, or more memory"

@@ -23,7 +23,7 @@ import hashlib
 import json
 import re
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ from dynq.knapsack import choose
 from dynq.progress import progress
 from dynq.recipe import Recipe
 from dynq.recorder import HEAD
+from dynq.search_log import Log
 from dynq.sensitivity import head_divergence, parameter_error
 from dynq.torch_model import check_in_memory, set_tensor
 
@@ -223,44 +224,6 @@ def improve(
             kept.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The start and every proposal tried, in their order, as `<name>.search.jsonl` holds them."""
-    return _whole_lines(path)[1:]
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
-class Log:
-    """A file of JSON lines that is first replayed, then written: what is recorded already is not done again."""
-
-    def __init__(self, path: Path, digest: str):
-        whole = _whole_lines(path)
-        if not whole or whole[0].get("search") != digest:
-            whole = [{"search": digest, "seconds": 0.0}]
-        self.used = float(whole[-1]["seconds"])
-        self.old = deque(whole[1:])
-        self._file = path.open("w", encoding="utf-8")
-        self._write(*whole)
-
-    def replay(self, key: str) -> dict[str, Any] | None:
-        """The next recorded line if it has this key."""
-        return self.old.popleft() if self.old and key in self.old[0] else None
-
-    def add(self, line: dict[str, Any]) -> dict[str, Any]:
-        self._write(line)
-        return line
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _write(self, *lines: Mapping[str, Any]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
-
-
 @dataclass
 class Bench:
     """A model whose tensors change formats: measures, gradients, costs."""
@@ -333,8 +296,9 @@ class Bench:
         architecture, shape = self.checkpoint.architecture, self.fisher.shapes[self.fisher.unit[name]]
         weight, here = self.checkpoint.read(name), self.decoded(name, present)
         is_head = name == HEAD or (self.checkpoint.tied and name == "token_embd.weight")
-        head = self.fisher.samples(HEAD) if is_head else None
-        samples = self.fisher.samples(name) if name != HEAD else None
+        place = gradient.device
+        head = self.fisher.samples(HEAD, place) if is_head else None
+        samples = self.fisher.samples(name, place) if name != HEAD else None
         result = {present: 0.0}
         for fmt in (o.format for o in options if o.format != present):
             there = self.decoded(name, fmt)
@@ -342,15 +306,16 @@ class Bench:
             if samples is not None:
                 for f, w in ((present, here), (fmt, there)):
                     if (name, f) not in self._projected:
-                        error = parameter_error(architecture, name, w - weight, shape)
+                        error = parameter_error(architecture, name, w - weight, shape).to(place)
                         self._projected[name, f] = samples.projections(error)
                 moved = self._projected[name, fmt] - self._projected[name, present]
                 factor = self._factors[self.checkpoint.tensors[name].kind]
                 second += factor * float((0.5 * samples.weight * moved.square()).sum())
-            change = torch.from_numpy(there - here)
+            change = torch.from_numpy(there - here).to(place)
             if head is not None:
-                second += head_divergence(torch.from_numpy(weight), change, head, architecture.logits)[0]
-            first = float((gradient.cpu().double() * change.double()).sum())
+                own = torch.from_numpy(weight).to(place)
+                second += head_divergence(own, change, head, architecture.logits)[0]
+            first = float((gradient.double() * change.double()).sum())
             result[fmt] = first + second / self.fisher.tokens
         return result
 

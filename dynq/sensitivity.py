@@ -11,6 +11,7 @@ exactly. A tied embedding pays for both of its uses.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from dynq import codec, formats
 from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
+from dynq.devices import single
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
@@ -76,7 +78,7 @@ def head_divergence(
         d = logits(z + (samples.x[rows] @ error.T).double()) - logits(z)
         log_p = torch.log_softmax(logits(z), dim=-1)
         terms.append(torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1))
-    weighted = samples.weight * torch.cat(terms).cpu()
+    weighted = samples.weight * torch.cat(terms)
     return float(weighted.sum()), float(weighted.square().sum().sqrt())
 
 
@@ -97,18 +99,13 @@ def sensitivity(
     Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
     the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
     """
-    candidates = tuple(candidates)
+    candidates, device = tuple(candidates), single(device)
     fisher = Fisher(folder / "fisher")
     names = [name for name, info in checkpoint.tensors.items() if info.quantizable]
     factors = fisher.cross_token({n: checkpoint.tensors[n].kind for n in names if n != HEAD})
     partial = folder / "sensitivity.partial.jsonl"
-    rows = (
-        [json.loads(line) for line in partial.read_text().splitlines() if line.endswith("}")]
-        if partial.exists()
-        else []
-    )
-    done = {row["tensor"] for row in rows if row["last"]}
-    rows = [row for row in rows if row["tensor"] in done]
+    rows = _kept_rows(partial)
+    done = {row["tensor"] for row in rows}
     with partial.open("w") as log:
         for row in rows:
             log.write(json.dumps(row) + "\n")
@@ -123,6 +120,20 @@ def sensitivity(
     write_table(table, folder)
     partial.unlink()
     return table
+
+
+def _kept_rows(partial: Path) -> list[dict[str, Any]]:
+    """The rows of tensors that are done, as an interrupted run left them; none of a file that somebody damaged."""
+    if not partial.exists():
+        return []
+    try:
+        lines = partial.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last end of line was cut off
+        count = Counter(row["tensor"] for row in rows)
+        done = {row["tensor"] for row in rows if row["last"] and row["last"] == count[row["tensor"]]}
+        return [{key: row[key] for key in (*SCHEMA.names[:-1], "last")} for row in rows if row["tensor"] in done]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def write_table(table: pa.Table, folder: Path) -> None:
@@ -176,12 +187,12 @@ def _tensor_rows(
                 "predicted_kld": total / fisher.tokens,
                 "predicted_error": spread / fisher.tokens,
                 "weighted_error": codec.weighted_error(weight, decoded, mean),
-                "last": False,
+                "last": 0,
             }
         )
     if not rows:
         raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
-    rows[-1]["last"] = True
+    rows[-1]["last"] = len(rows)
     return rows
 
 
@@ -265,8 +276,19 @@ def agreement(table: pa.Table) -> dict[str, Any]:
 
 
 def read_table(folder: Path) -> pa.Table:
-    """The table of a run folder; DynqError where there is none."""
+    """The table of a run folder; DynqError where there is none, or it is damaged."""
     path = folder / "sensitivity.parquet"
     if not path.exists():
         raise DynqError(f"{path}: not there yet; run the sensitivity step first (notebook 04)")
-    return pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0]
+        raise DynqError(
+            f"{path}: damaged ({reason}); delete it, the sensitivity step (notebook 04) makes it anew"
+        ) from error
+    if not table.schema.equals(SCHEMA):
+        raise DynqError(
+            f"{path}: not a table of sensitivities; delete it, the sensitivity step (notebook 04) makes it anew"
+        )
+    return table

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from dynq import chat_template
 from dynq.errors import DynqError
 from dynq.progress import progress
+from dynq.threads import each, one_thread_each
 
 Messages = list[dict[str, str]]
 
-_BATCH = 64  # conversations sampled at once: bounds the memory of the key-value cache
+_BATCH = 32  # conversations that a thread samples at once, at most; what is sampled depends on it
+_AT_ONCE = 256  # in all threads: bounds the memory of the key-value caches
 _FAMILIES = {
     "code": ("code-python", "code-other", "sql", "devops", "data"),
     "knowledge": ("maths", "physics", "science", "finance", "history", "health", "philosophy", "language"),
@@ -160,18 +162,28 @@ def sample_chats(
     encoded: token ids of each prompt, its template included. Returns prompt and answer in one list of ids for each,
     in the same order. A prompt and an answer take at most half of `max_tokens` each (a prompt keeps its beginning).
     An answer ends with the model's end-of-turn token, which is kept, and what the chat template writes after it.
-    generator: torch.Generator on the CPU; equal seeds and thread counts give equal answers. bar: counts tokens.
+    generator: torch.Generator on the CPU; equal seeds give equal answers, whatever the number of threads. bar: counts
+    tokens.
     """
+    import torch
+
     stop, tail = end_of_turn(model, tokenizer)
     encoded = [prompt[: max_tokens // 2] for prompt in encoded]
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    parts = 2 * -(-len(order) // (2 * _BATCH))  # an even number, of one size: two threads end together
+    batches = [part.tolist() for part in np.array_split(order, parts) if len(part)]
+    seeds = torch.randint(1 << 62, (len(batches),), generator=generator).tolist()
     chats: list[list[int]] = [[] for _ in encoded]
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        answers = answer_batch(model, [encoded[at] for at in rows], max_tokens // 2, stop, generator, bar)
-        for at, answer in zip(rows, answers, strict=True):
+
+    def sample(i: int) -> None:
+        own = torch.Generator().manual_seed(seeds[i])
+        answers = answer_batch(model, [encoded[at] for at in batches[i]], max_tokens // 2, stop, own, bar)
+        for at, answer in zip(batches[i], answers, strict=True):
             chats[at] = encoded[at] + answer + (tail if answer[-1] in stop else [])
+
+    with one_thread_each(None if model.device.type == "cpu" else 1) as workers:
+        each(workers, sample, range(len(batches)))
     return chats
 
 
@@ -200,7 +212,7 @@ def _sampled_chunks(
             missing = max(missing, n_ctx / 2)
             answer = answered / used if used else n_ctx / 4
             members: list[int] = []
-            while missing > 0 and len(members) < 4 * _BATCH:
+            while missing > 0 and len(members) < _AT_ONCE:
                 if not order:  # every prompt once before any comes again
                     order = torch.randperm(len(encoded), generator=generator).tolist()
                 members.append(order.pop())
@@ -275,14 +287,14 @@ def answer_batch(
                 inputs["logits_to_keep"] = 1
             output = model(**inputs, use_cache=True)
             cache = output.past_key_values
-            logits = output.logits[:, -1].float().cpu()
+            logits = output.logits[:, -1].float()
             if generator is None:
-                ids = logits.argmax(-1, keepdim=True)
+                ids = logits.argmax(-1, keepdim=True).cpu()
             else:
                 # inverse of the distribution function: five times as fast as torch.multinomial
                 sums = logits.softmax(-1).cumsum(-1)
-                drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
-                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
+                drawn = torch.rand(len(rows), 1, generator=generator).to(sums.device) * sums[:, -1:]
+                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1).cpu()
             if bar is not None:
                 bar.update(max(0, min(bar.total - bar.n, len(open_rows) + (sum(map(len, encoded)) if first else 0))))
             first = False
@@ -297,7 +309,7 @@ def answer_batch(
                 keep = torch.tensor([at for at, row in enumerate(rows) if row in open_rows])
                 rows = [rows[at] for at in keep.tolist()]
                 ids, mask, positions = ids[keep], mask[keep], positions[keep]
-                cache.batch_select_indices(keep.to(device))
+                cache.batch_select_indices(keep)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
 

@@ -12,9 +12,12 @@ from transformers.initialization import no_init_weights
 
 from dynq import memory, tokenizer
 from dynq.checkpoint import Checkpoint
+from dynq.devices import AUTO, CPU, check_device
 from dynq.errors import DynqError
 from dynq.layerwise import Reader, reader
 from dynq.progress import progress
+from dynq.spread import put, spread
+from dynq.threads import first_calls
 
 
 def load_model(
@@ -22,7 +25,7 @@ def load_model(
     weights: Iterable[tuple[str, np.ndarray]] | None = None,
     dtype: str = "float32",
     *,
-    device: str = "cpu",
+    device: str = CPU,
     streamed: bool | None = None,
     read: Callable[[str], np.ndarray] | None = None,
 ) -> Any:
@@ -33,9 +36,9 @@ def load_model(
         weights: pairs (GGUF name, float32 array in GGUF's layout) instead of the checkpoint's own. They may come in
             any order but must fill the whole model.
         dtype: "float32", "bfloat16" or "float16".
-        device: "cpu", "cuda" or what else torch knows.
+        device: "cpu", a card ("cuda", "cuda:1"), or "auto": a card, or all of them where only they take the model.
         streamed: whether each decoder layer is read when it is called, see `dynq.layerwise`; by default where the
-            model does not fit into memory.
+            model does not fit into the memory of the device.
         read: gives a tensor by its GGUF name, instead of `checkpoint.read`.
 
     Raises:
@@ -51,6 +54,7 @@ def load_model(
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     # sdpa has no soft cap; None is sdpa where the model can use it
     attention = "eager" if settings.get("attn_logit_softcapping") else None
+    check_device(device)
     _check_size(checkpoint, config)
     with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
@@ -60,16 +64,22 @@ def load_model(
     model.tie_weights()
     checkpoint.architecture.complete(model)
     names, read = list(checkpoint.tensors), read or checkpoint.read
+    places = memory.places(checkpoint, device, dtype)
     if streamed is None:
-        streamed = weights is None and not memory.fits(checkpoint)
-    check_device(device)
+        streamed = weights is None and len(places) == 1 and not memory.fits(checkpoint, places[0], dtype)
+    first_calls()
     if streamed:
         if not checkpoint.architecture.layers_apart:
             raise DynqError(f"{checkpoint.name}: its layers depend on each other, it must fit into memory as a whole")
         # what was allocated above was never written to, so it has taken no memory
-        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)))
+        Reader(model, checkpoint, lambda name: set_tensor(model, checkpoint, name, read(name)), places[0])
         names = [name for name in names if checkpoint.tensors[name].layer is None]
-    model.to(device)
+    if len(places) > 1 and not streamed:
+        spread(model, places)
+    elif places[0] != CPU:
+        put(model, places[0])
+    if places[0] != CPU:
+        torch.backends.cudnn.allow_tf32 = False  # as it is for products: see `dynq.devices`
     if weights is None:
         weights = ((name, read(name)) for name in names)
     filled = set()
@@ -94,19 +104,15 @@ def _check_size(checkpoint: Checkpoint, config: Any) -> None:
         )
 
 
-def check_device(device: str) -> None:
-    """DynqError where torch has no such device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).strip().splitlines()[0]
-        raise DynqError(f"device {device!r} is not there: {reason}; take --device cpu") from error
+def device_of(model: Any) -> str:
+    """Where another model of this kind is to be loaded: as `load_model` takes it."""
+    return AUTO if hasattr(model, "spread_over") else str(model.device)
 
 
 def check_in_memory(model: Any, what: str) -> None:
     """DynqError where the layers of a model are read one by one and `what` would read all of them over and over."""
     if reader(model):
-        limit = f"in memory, which the model does not fit into ({memory.available() / 2**30:.1f} GiB)"
+        limit = f"in memory, which the model does not fit into ({memory.available(device_of(model)) / 2**30:.1f} GiB)"
         raise DynqError(f"{what} needs the model {limit}; leave it out, or take a larger machine")
 
 
@@ -128,8 +134,11 @@ def set_tensor(model: Any, checkpoint: Checkpoint, gguf_name: str, array: np.nda
     if _counted(wanted) != _counted(array.shape):
         raise DynqError(f"tensor {gguf_name}: shape {array.shape}, but config.json implies {wanted}")
     values = checkpoint.architecture.to_torch(gguf_name, array)
+    held = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    if target.is_cuda:
+        held = held.pin_memory().to(target.device, non_blocking=True)
     with torch.no_grad():
-        slot.put(target, torch.from_numpy(np.require(values, requirements=["C", "W"])).to(target.device))
+        slot.put(target, held)
 
 
 def _counted(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
-from dynq.torch_model import load_model, set_tensor
+from dynq.torch_model import device_of, load_model, set_tensor
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 
@@ -100,7 +100,9 @@ def tune(
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
     twice that and 6 % more where there are offsets; where codes move, the model `COPIES` times in all. The same input
-    gives the same bytes for the same seed and number of threads, on a CPU.
+    gives the same bytes for the same seed and number of threads, on a CPU. With MKL (x86) the number does not count as
+    long as it is a power of two: torch's activations round the last few elements of a thread's share otherwise, and
+    such shares have none.
     DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite, the disk is full.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
@@ -109,7 +111,7 @@ def tune(
     with _place(folder) as place:
         fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
         judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
-        return _Search(checkpoint, teacher.device, tensors, fit, judge, rate, codes).run(seed, batch, passes)
+        return _Search(checkpoint, device_of(teacher), tensors, fit, judge, rate, codes).run(seed, batch, passes)
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def tuned(
     aside = kept_aside(domains)
     told: dict[str, Any]
     if aside.any() and not aside.all():
-        rate = CODES if codes and fits(checkpoint, COPIES) else 0.0
+        rate = CODES if codes and fits(checkpoint, device_of(teacher), copies=COPIES) else 0.0
         found = tune(
             checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate, folder=folder
         )
@@ -301,7 +303,7 @@ class _Search:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        device: Any,
+        device: str,
         tensors: Tensors,
         fit: kld.Reference,
         aside: kld.Reference,
@@ -310,7 +312,7 @@ class _Search:
     ):
         self.codes_rate = codes_rate
         self.checkpoint, self.tensors, self.fit, self.aside = checkpoint, tensors, fit, aside
-        self.model = load_model(checkpoint, self._decoded(tensors)).to(device)
+        self.model = load_model(checkpoint, self._decoded(tensors), device=device)
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         errors = {name: self._error(name) for name in tensors if checkpoint.tensors[name].quantizable}

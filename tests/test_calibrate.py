@@ -1,6 +1,9 @@
 """Calibration: the same bytes whatever the number of threads, and layer by layer what the whole model gives."""
 
+from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,14 +71,76 @@ def test_layer_by_layer_gives_the_same_samples(name: str, tmp_path: Path) -> Non
     assert not list(parts.glob("layers-*"))
 
 
-def test_a_streamed_model_has_one_layer_in_memory_and_the_same_logits(llama: Checkpoint) -> None:
-    model = load_model(llama, streamed=True)
+def _held(model: Any) -> list[int]:
+    """The layers that are in memory."""
     layers = layerwise.decoder_layers(model)
+    return [i for i, layer in enumerate(layers) if any(parameter.numel() for parameter in layer.parameters())]
+
+
+def test_a_streamed_model_gives_the_same_logits(llama: Checkpoint) -> None:
+    model = load_model(llama, streamed=True)
+    assert _held(model) == []
     ids = torch.from_numpy(_text(1).astype(np.int64))
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, load_model(llama)(ids).logits)
-    held = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-    assert held[-1] > 0 and not any(held[:-1])
+    with torch.inference_mode():  # twice: a text is sampled by calling the model over and over
+        for _ in range(2):
+            assert torch.equal(model(ids).logits, load_model(llama)(ids).logits)
+    calibrated = [parameter.data.clone() for parameter in layerwise.decoder_layers(model)[-1].parameters()]
+    assert calibrated and not any(values.is_inference() for values in calibrated)
+
+
+def _watched(model: Any, reads: Callable[[int], None], computes: Callable[[int], None]) -> None:
+    """Call `reads` before each tensor of a layer is read, `computes` in the middle of the layer's forward pass."""
+    reader, fill = layerwise.reader(model), model.layer_reader._fill
+
+    def filling(name: str) -> None:
+        reads(reader.checkpoint.tensors[name].layer)
+        fill(name)
+
+    reader._fill = filling
+    for i, layer in enumerate(layerwise.decoder_layers(model)):
+        layer.input_layernorm.register_forward_hook(lambda *_, i=i: computes(i))
+
+
+def test_the_next_layer_is_read_while_one_computes(tmp_path: Path) -> None:
+    """Each layer's forward pass goes on only when the next layer is being read, which can only be at the same time."""
+    checkpoint = open_checkpoint(tiny_models.make("llama", tmp_path / "model", num_hidden_layers=4))
+    model, begun = load_model(checkpoint, streamed=True), [Event() for _ in range(4)]
+
+    def computes(i: int) -> None:
+        assert i in _held(model) and len(_held(model)) <= 2
+        assert i == 3 or begun[i + 1].wait(30), f"layer {i + 1} is not read while layer {i} computes"
+
+    _watched(model, lambda i: begun[i].set(), computes)
+    layerwise.through(model, _text(2))
+    assert _held(model) == [3]  # what nobody will ask for is not read
+
+
+def test_two_layers_are_in_memory_at_most(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_models.make("llama", tmp_path / "model", num_hidden_layers=4))
+    model, held, order = load_model(checkpoint, streamed=True), [], []
+
+    def reads(i: int) -> None:
+        held.append(_held(model))
+        if order[-1:] != [i]:
+            order.append(i)
+
+    _watched(model, reads, lambda i: held.append(_held(model)))
+    calibrate(checkpoint, model, _text(), tmp_path, keep=12, threads=2)
+    assert order == [0, 1, 2, 3, 2, 1, 0]  # each once forward, once backward
+    assert max(map(len, held)) == 2 and len(_held(model)) == 1
+
+
+def test_an_error_in_the_next_layer_is_raised_where_it_is_called(llama: Checkpoint) -> None:
+    model, last = load_model(llama, streamed=True), len(layerwise.decoder_layers(load_model(llama, streamed=True))) - 1
+
+    def reads(i: int) -> None:
+        if i == last:
+            raise DynqError("a damaged file")
+
+    _watched(model, reads, lambda i: None)
+    for _ in range(2):
+        with pytest.raises(DynqError, match="a damaged file"):
+            layerwise.through(model, _text(1))
 
 
 def test_a_model_beyond_the_limit_is_streamed_and_measured_the_same(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+import torch
 
 from dynq import experts
 from dynq.calibrate import calibrate
@@ -77,6 +78,18 @@ def test_prompts_follow_where_files_end(parts: tuple) -> None:
     topped, read = _further(parts, limit=2, wanted=10**6, spec="")
     assert read == 2 * N_CTX
     assert all((topped.counts[name] >= counts).all() for name, counts in importance.counts.items())
+
+
+def test_bytes_do_not_depend_on_threads(parts: tuple) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_further(parts, limit=4, wanted=10**6, spec="")[0].sums)
+    finally:
+        torch.set_num_threads(before)
+    for sums in found[1:]:
+        assert all(np.array_equal(sums[name], values) for name, values in found[0].items())
 
 
 def test_nothing_is_read_where_nothing_is_missing(parts: tuple) -> None:

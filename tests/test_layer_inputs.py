@@ -37,7 +37,7 @@ def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
     _, model, tokens = parts_of
     layers = {"q": model.model.layers[1].self_attn.q_proj, "v": model.model.layers[1].self_attn.v_proj}
     layers["down"] = model.model.layers[2].mlp.down_proj
-    found = collect(model, layers, tokens, DOMAINS, batch=2)
+    found = collect(model, layers, tokens, DOMAINS, threads=2)
 
     read: dict[str, list[np.ndarray]] = {name: [] for name in layers}
     handles = [
@@ -65,6 +65,17 @@ def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
     )
 
 
+def test_hessians_do_not_depend_on_threads(parts_of, monkeypatch) -> None:
+    _, model, tokens = parts_of
+    layers = {"q": model.model.layers[1].self_attn.q_proj, "down": model.model.layers[2].mlp.down_proj}
+    monkeypatch.setattr(layer_inputs, "_ROWS", 100)  # the last piece is smaller
+    found = [
+        {name: [h.matrix.tobytes() for some in both for h in some] for name, both in read.items()}
+        for read in (collect(model, layers, tokens, DOMAINS, threads=n) for n in (1, 2, 3))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_layer_that_is_never_called_is_named(parts_of) -> None:
     _, model, tokens = parts_of
     with pytest.raises(DynqError, match="idle: the model does not call this layer"):
@@ -80,9 +91,7 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     def run(parts):
         return {
             name: (fmt, data.copy())
-            for name, fmt, data in feed_back(
-                checkpoint, chosen, importance, model, tokens, DOMAINS, parts, batch=4, threads=1
-            )
+            for name, fmt, data in feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, parts, threads=1)
         }
 
     whole = run(tmp_path / "a")
@@ -95,7 +104,7 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
 
     name = next(n for n, entry in told.items() if entry["level"] == "feedback")
     module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
-    inputs = collect(model, {name: module}, tokens, DOMAINS, batch=4)[name]
+    inputs = collect(model, {name: module}, tokens, DOMAINS)[name]
     mean = importance.mean(name, checkpoint.tensors[name].row)
     by_hand = feedback.encode(checkpoint.read(name), "Q4_0", *inputs, mean, threads=1)
     assert np.array_equal(by_hand.data, whole[name][1])
@@ -103,7 +112,7 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
         assert np.array_equal(whole[n][1], quantize_tensor(checkpoint, n, chosen[n], importance, "search", 1))
 
     # cut off after some tensors, and with room for one tensor's Hessians at a time: the same bytes
-    stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "b", batch=4, threads=1)
+    stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "b", threads=1)
     for _ in range(7):
         next(stream)
     stream.close()

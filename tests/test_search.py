@@ -24,9 +24,9 @@ from dynq.search import (
     nearby,
     paired,
     parse_seconds,
-    read_log,
     significant,
 )
+from dynq.search_log import read_log
 from dynq.sensitivity import sensitivity
 from dynq.text import load_text
 from dynq.torch_model import load_model, load_tokenizer

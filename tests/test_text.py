@@ -285,6 +285,25 @@ def test_sampled_chunks(tiny) -> None:
     )
 
 
+def test_sampled_tokens_do_not_depend_on_threads(tiny) -> None:
+    import torch
+
+    model, tokenizer = tiny
+    before, found = torch.get_num_threads(), set()
+    encoded = [tokenizer(text)["input_ids"] for text in ("Hi", "The capital of", "Once upon a time there was")] * 13
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            own = torch.Generator().manual_seed(1)
+            found.add(str(sample_chats(model, tokenizer, encoded, max_tokens=48, generator=own)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+    apart = torch.Generator().manual_seed(2)
+    assert str(sample_chats(model, tokenizer, encoded, max_tokens=48, generator=apart)) not in found
+
+
 def test_base_model_without_template(tiny) -> None:
     model, tokenizer = tiny
     template, tokenizer.chat_template = tokenizer.chat_template, None

@@ -227,6 +227,20 @@ def test_the_seed_decides_the_bytes(start, result):
     assert any(not np.array_equal(other.tensors[n][1], x[1]) for n, x in result.tensors.items())
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries sum by threads")
+def test_the_number_of_threads_does_not(start, tmp_path_factory):
+    before, found = torch.get_num_threads(), []
+    tokens = np.random.default_rng(1).integers(2, 300, (3, 256))
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            new = tune.tune(start.checkpoint, start.teacher, start.tensors, tokens[:2], tokens[2:], passes=2)
+            found.append({name: data.tobytes() for name, (_, data) in new.tensors.items()})
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_text_of_no_chunks_is_one_clear_line(start):
     with pytest.raises(DynqError, match=r"kept aside are \[chunks, n_ctx\], got shape \(0, 24\)"):
         tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside[:0])

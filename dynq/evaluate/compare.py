@@ -21,7 +21,7 @@ from dynq.evaluate import kld, precision
 from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.imatrix import Importance
 from dynq.recipe import Recipe
-from dynq.torch_model import load_model
+from dynq.torch_model import device_of, load_model
 
 LOSSLESS = 1e-8  # nats: what float32 can tell from no divergence at all
 UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -86,11 +86,12 @@ class Torch:
         return kld.make_reference(self._model, self._tokens, path, desc="original")
 
     def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
+        device = device_of(self._model)
         if file:
-            quantized = load_model(open_checkpoint(file, allow_requantize=True))
+            quantized = load_model(open_checkpoint(file, allow_requantize=True), device=device)
         else:
             read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
-            quantized = load_model(self._checkpoint, read=read)
+            quantized = load_model(self._checkpoint, read=read, device=device)
         scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
         return {"statistics": kld.statistics(scores)} | asdict(arithmetic)
 

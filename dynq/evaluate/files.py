@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,15 @@ def against_original(
     asked: tasks.Asked = NOTHING_MORE,
     allow_requantize: bool = False,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Measure GGUF files against their original; returns what ``evaluation.json`` holds.
 
     reference: the original, opened or as `open_checkpoint` takes it. text: as `dynq.text.load_text` takes it, each file
     a domain of its own with n_chunks chunks of n_ctx tokens; or one that is there already. with_mixes: llama.cpp's
     mixes around each file's size are encoded as well, with the importance matrix if there is one. write_logits: where
-    to write the original's logits for llama-perplexity. asked: what else to measure of each file.
+    to write the original's logits for llama-perplexity. asked: what else to measure of each file. device: where the
+    models run.
 
     A file that cannot be measured stands in "failed" with its reason. DynqError for what concerns all of them.
     """
@@ -76,7 +79,7 @@ def against_original(
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference, allow_requantize)
     questions = _questions(asked, checkpoint)
     with folder.lock():
-        original = Original(checkpoint, folder)
+        original = Original(checkpoint, folder, device)
         read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed) if isinstance(text, str) else text
         if write_logits is not None:
             _write_logits(write_logits, original, read.tokens)
@@ -84,7 +87,7 @@ def against_original(
 
         def load(checkpoint: Checkpoint, read: Callable[[str], Any] | None = None) -> Any:
             original.release()
-            return load_model(checkpoint, read=read)
+            return load_model(checkpoint, read=read, device=device)
 
         kept = Kept(folder)
         what = checkpoint.fingerprint, read.sha256, read.domains
@@ -118,7 +121,7 @@ def against_original(
 
 
 def against_logits(
-    logits: Path, files: Sequence[Path], folder: RunFolder, *, in_engine: bool = False
+    logits: Path, files: Sequence[Path], folder: RunFolder, *, in_engine: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
     """Measure GGUF files against a logits file of llama-perplexity: its tokens, its chunks, its 16 nats.
 
@@ -137,7 +140,7 @@ def against_logits(
             Kept(folder),
             tasks.Divergence(*what),
             lambda file: base.starting_with(tokenizer.added_bos(file.metadata)),
-            load_model,
+            partial(load_model, device=device),
             [tasks.InEngine(library, *what)] if library else [],
         )
         entries = _measured(entrants, bench)

@@ -19,7 +19,7 @@ import torch
 
 from dynq import layerwise
 from dynq.errors import DynqError
-from dynq.files import replacing
+from dynq.files import disk_array, replacing
 from dynq.kernels import divergence
 from dynq.progress import progress
 
@@ -44,10 +44,8 @@ class Coded:
 
     def log_probs(self, device: Any = "cpu") -> torch.Tensor:
         """float32 ``[scored, n_vocab]``."""
-        values = self.codes.astype(np.float32)
-        values *= self.step[:, None]
-        values += self.offset[:, None]
-        log_p = torch.from_numpy(values).to(device)
+        codes, step, offset = (torch.from_numpy(np.array(x)).to(device) for x in (self.codes, self.step, self.offset))
+        log_p = codes.float().mul_(step[:, None]).add_(offset[:, None])
         return _normalised(log_p) if self.normalise else log_p
 
 
@@ -174,10 +172,10 @@ def keep_reference(
             "free; take fewer chunks or another folder"
         )
     with replacing(path.with_suffix(".u16")) as beside:
-        depth = np.memmap(beside, np.uint16, "w+", shape=shape)
+        depth = disk_array(beside, np.uint16, shape)
         for chunk, log_p in enumerate(log_probs):
             steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
-            depth[chunk] = steps.cpu().numpy().astype(np.uint16)
+            depth[chunk] = steps.to(torch.uint16).cpu().numpy()
         depth.flush()
         del depth
     header = {"first": first, "n_vocab": shape[2], "tokens": tokens.tolist()}

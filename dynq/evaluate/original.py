@@ -34,13 +34,14 @@ class Text:
 class Original:
     """The original model: its text and its log-probabilities, made when they are first needed."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: RunFolder):
+    def __init__(self, checkpoint: Checkpoint, folder: RunFolder, device: str = "cpu"):
         self.checkpoint = checkpoint
         self.folder = folder
+        self.device = device
 
     @cached_property
     def model(self) -> Any:
-        return load_model(self.checkpoint)
+        return load_model(self.checkpoint, device=self.device)
 
     def text(self, spec: str, *, n_ctx: int, n_chunks: int, seed: int) -> Text:
         """Chunks of each text file, kept as ``text.json``. DynqError where one does not fill a single chunk."""

@@ -58,12 +58,14 @@ def talk(
     return found
 
 
-def talk_of(checkpoint: Checkpoint, file: Path, questions: Sequence[str], *, n_tokens: int = 40) -> list[Spoken]:
+def talk_of(
+    checkpoint: Checkpoint, file: Path, questions: Sequence[str], *, n_tokens: int = 40, device: str = "cpu"
+) -> list[Spoken]:
     """Greedy answers of the original and of a GGUF that was made from it, one model in memory at a time."""
     tokenizer, quantized = load_tokenizer(checkpoint), open_checkpoint(file, allow_requantize=True)
     answers: list[list[list[int]]] = []
     for one in progress([checkpoint, quantized], desc="answers", unit="model"):
-        model = load_model(one)
+        model = load_model(one, device=device)
         asked, stop = _asked(tokenizer, model, questions, n_tokens)
         answers.append(greedy.answer(model, asked, stop, n_tokens=n_tokens, desc=""))
     whole, own = answers

@@ -2,7 +2,8 @@
 
 Every family offers ``encode(name, x, w, level, out)`` and ``decode(name, data, out)`` over whole blocks: x float32
 [blocks, block], finite; w float32 [blocks of a row, block], the importance of mean 1, all above 0, or None; level
-`plain` or `search`; data and out uint8 [blocks, block_bytes].
+`plain` or `search`; data and out uint8 [blocks, block_bytes]. Those in ON_CARD take one argument more, who runs the
+kernels that search.
 """
 
 from types import ModuleType
@@ -19,3 +20,5 @@ FAMILIES: dict[str, ModuleType] = {
     **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0", "Q2_0"), ternary),
 }
 """Which file knows a block format. F32, F16 and BF16 are dynq.kernels.floats'."""
+ON_CARD = (legacy, kquants, iq1, iq4, iquants)
+"""Families whose `encode` takes who runs the kernels that search: dynq.kernels.on_card, for a graphics card."""

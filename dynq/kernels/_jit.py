@@ -31,3 +31,8 @@ def kernel(function: Callable) -> Any:
     sources = b"".join(Path(str(file)).read_bytes() for file in sorted(map(str, files)))
     compiled._cache._cache_file._source_stamp = hashlib.sha256(sources).hexdigest()
     return compiled
+
+
+def call(compiled: Callable, *arguments: Any) -> None:
+    """How a family's `encode` runs the kernels that search; dynq.kernels.on_card has another."""
+    compiled(*arguments)

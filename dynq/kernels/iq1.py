@@ -18,11 +18,12 @@ The search is in dynq.kernels.iq1_search.
 Source: block_iq1_s and block_iq1_m in llama.cpp's ggml-common.h. Decoding multiplies and adds in gguf-py's order.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from dynq.kernels._jit import kernel
+from dynq.kernels._jit import call, kernel
 from dynq.kernels.floats import half_table
 from dynq.kernels.iq1_search import DELTA, SEARCHES, book, fit
 
@@ -146,14 +147,16 @@ def steps(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(step, 8 * SHARES[name][0], axis=1), np.repeat(delta, 8, axis=1)
 
 
-def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+def encode(
+    name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray, run: Callable[..., None] = call
+) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
     search = SEARCHES[level]
     parts = _empty(name, len(x))
     starts, ends = np.array(search.starts, np.float32), np.array(search.ends, np.float32)
     passes = np.array(search.passes, np.int64)
     w = np.ones((1, 256), np.float32) if w is None else w
-    fit(x, w, *SHARES[name], starts, search.refinements, ends, passes, book(), *parts)
+    run(fit, x, w, *SHARES[name], starts, search.refinements, ends, passes, book(), *parts)
     pack(name, parts, out)
 
 

@@ -149,7 +149,7 @@ def _start(X, W, run, share, starts, refinements, sx, sl):
     sw, sxx, step = A[0], A[1], A[2]
     sums = np.empty((2, 3, LANES), np.float32)
     flip = np.empty(LANES, np.bool_)
-    B = np.empty((5, sx.shape[0]), np.float32)
+    B = np.empty((5, 32 // run * GROUP), np.float32)
     size, tried, new_sx, new_sl, best = B[0], B[1], B[2], B[3], B[4]
     sw[:] = ZERO
     sxx[:] = ZERO
@@ -330,7 +330,7 @@ def _choose(X, W, run, share, D, L, neighbours, book, found, signs, sx, sl):
     sums = np.empty((2, 3, LANES), np.float32)
     entry = np.empty((2, LANES), np.uint16)
     flip = np.empty(LANES, np.bool_)
-    B = np.empty((7, L.shape[0]), np.float32)
+    B = np.empty((7, 32 // run * GROUP), np.float32)
     middle, level, size, cost, best, new_sx, new_sl = B[0], B[1], B[2], B[3], B[4], B[5], B[6]
     sw[:] = ZERO
     swx[:] = ZERO

@@ -15,10 +15,12 @@ nearer and farther. Then come the stored numbers, improved in turn under the exa
 Source: block_iq4_nl and block_iq4_xs in llama.cpp's ggml-common.h. The levels are gguf-py's.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from gguf.quants import IQ4_NL
 
-from dynq.kernels._jit import kernel
+from dynq.kernels._jit import call, kernel
 from dynq.kernels.fit import INFINITY, ONE, ZERO, load, stored
 from dynq.kernels.floats import half, half_table
 
@@ -247,7 +249,8 @@ def fit_super_blocks(x, w, tries, ends, codes, integers, d):
         for r in range(ends.shape[0] * (ROUNDS + 1)):
             if r % (ROUNDS + 1) == 0:
                 share_scale(S, C, ends[r // (ROUNDS + 1)], unit, D, A)
-                T[:] = S
+                for j in range(lanes):
+                    T[j] = S[j]
             for s in range(8):
                 for g in range(GROUP):
                     j = s * GROUP + g
@@ -332,14 +335,16 @@ def unpack_weights(data, half, at, out):
                 out[b, 32 * s + k + 16] = step * LEVELS[pair >> np.int32(4)]
 
 
-def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+def encode(
+    name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray, run: Callable[..., None] = call
+) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 32 or 256]; w [blocks of a row, ...] or None."""
     w = np.ones((1, x.shape[1]), np.float32) if w is None else w
     codes, integers, d = np.empty(x.shape, np.uint8), np.empty((len(x), 8), np.int8), np.empty(len(x), np.uint16)
     if name == "IQ4_NL":
-        fit_blocks(x, w, TRIES[level], codes, d)
+        run(fit_blocks, x, w, TRIES[level], codes, d)
     else:
-        fit_super_blocks(x, w, TRIES[level], ENDS[level], codes, integers, d)
+        run(fit_super_blocks, x, w, TRIES[level], ENDS[level], codes, integers, d)
     pack(name, codes, integers, d, out)
 
 

@@ -19,9 +19,11 @@ byte k holds those of the k-th four (IQ2_S) or eight (IQ3_S) entries, the first 
 Source: block_iq2_xxs to block_iq3_s in llama.cpp's ggml-common.h. Decoding multiplies in gguf-py's order.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from dynq.kernels._jit import kernel
+from dynq.kernels._jit import call, kernel
 from dynq.kernels._once import once
 from dynq.kernels.floats import half_table, put_half
 from dynq.kernels.grids import entry_at, grid, neighbours, plan_of
@@ -269,7 +271,9 @@ def steps(name: str, data: np.ndarray) -> np.ndarray:
     return np.repeat(out, grid(name).sub, axis=1)
 
 
-def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+def encode(
+    name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray, run: Callable[..., None] = call
+) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None."""
     book, plan = grid(name), plan_of(name, level)
     w = np.ones((1, 256), np.float32) if w is None else w
@@ -278,7 +282,7 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
     tries, ends = np.array(plan.tries, np.float32), np.array(plan.ends, np.float32)
     shape = book.sub, book.dim, np.float32(book.step), book.low, book.spacing, book.top, book.even
     lists = entry_at(name), neighbours(name, plan.count), plan.near
-    fit(x, w, *shape, *lists, tries, ends, plan.choices, plan.rounds, *found, d)
+    run(fit, x, w, *shape, *lists, tries, ends, plan.choices, plan.rounds, *found, d)
     PACK[name](*found, d, out)
 
 

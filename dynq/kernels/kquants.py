@@ -27,9 +27,11 @@ numbers, which llama.cpp does not have.
 Source: block_q2_K to block_q6_K in llama.cpp's ggml-common.h. Decoding multiplies and subtracts in gguf-py's order.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from dynq.kernels._jit import kernel
+from dynq.kernels._jit import call, kernel
 from dynq.kernels.errors import block_errors
 from dynq.kernels.fit import (
     INFINITY,
@@ -444,17 +446,19 @@ def decode_q6_k(data, half, out):
                 out[b, 16 * s + k] = scale * np.float32(np.int32(np.int32(codes[16 * s + k]) - np.int32(32)))
 
 
-def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+def encode(
+    name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray, run: Callable[..., None] = call
+) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 256]; w [blocks of a row, 256] or None.
 
     Better lines of the sub-blocks need not be better ones once their scales share a float: on level `search` every
     block keeps what `plain` makes of it where that errs less.
     """
     weight = np.ones((1, 256), np.float32) if w is None else w
-    _encode(name, x, weight, plan_of(name, level, w is not None), out)
+    _encode(name, x, weight, plan_of(name, level, w is not None), out, run)
     if level == "search":
         plain, decoded = np.empty_like(out), np.empty_like(x)
-        _encode(name, x, weight, plan_of(name, "plain", w is not None), plain)
+        _encode(name, x, weight, plan_of(name, "plain", w is not None), plain, run)
         ours, theirs = np.empty((2, len(x)))
         for data, errors in ((out, ours), (plain, theirs)):
             decode(name, data, decoded)
@@ -462,21 +466,21 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
         out[theirs < ours] = plain[theirs < ours]
 
 
-def _encode(name: str, x: np.ndarray, w: np.ndarray, plan: Plan, out: np.ndarray) -> None:
+def _encode(name: str, x: np.ndarray, w: np.ndarray, plan: Plan, out: np.ndarray, run: Callable[..., None]) -> None:
     codes = np.empty(x.shape, np.uint8)
     d, m = np.empty((2, x.shape[0]), np.uint16)
     low, high, bottom, top = (np.float32(v) for v in (plan.low, plan.high, plan.bottom, plan.top))
     search = pairs(plan.tries), pairs(plan.moves), plan.rounds, np.array(plan.deltas, np.float32)
     if plan.affine:
         scales, mins = np.empty((2, x.shape[0], 256 // plan.sub), np.uint8)
-        fit_affine(x, w, plan.sub, high, top, *search, codes, scales, mins, d, m)
+        run(fit_affine, x, w, plan.sub, high, top, *search, codes, scales, mins, d, m)
         if name == "Q2_K":
             pack_q2_k(codes, scales, mins, d, m, out)
         else:
             pack_q45_k(codes, scales, mins, d, m, name == "Q5_K", out)
     else:
         levels = np.empty((x.shape[0], 16), np.int8)
-        fit_symmetric(x, w, low, high, bottom, top, *search, codes, levels, d)
+        run(fit_symmetric, x, w, low, high, bottom, top, *search, codes, levels, d)
         (pack_q3_k if name == "Q3_K" else pack_q6_k)(codes, levels, d, out)
 
 

@@ -14,9 +14,11 @@ and on level `search`, scales are searched (dynq.kernels.fit).
 Source: block_q4_0 to block_q8_0 in llama.cpp's ggml-common.h. Decoding multiplies and adds in gguf-py's order.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from dynq.kernels._jit import kernel
+from dynq.kernels._jit import call, kernel
 from dynq.kernels.fit import (
     INFINITY,
     ONE,
@@ -246,7 +248,9 @@ def decode_q8_0(data, half, out):
             out[b, k] = np.float32(np.int32(np.int8(data[b, 2 + k]))) * d
 
 
-def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray) -> None:
+def encode(
+    name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.ndarray, run: Callable[..., None] = call
+) -> None:
     """Fill `out` [blocks, block_bytes] from float32 x [blocks, 32]; w [blocks of a row, 32] or None."""
     plan = plan_of(name, level, w is not None)
     codes = np.empty(x.shape, np.uint8)
@@ -261,9 +265,9 @@ def encode(name: str, x: np.ndarray, w: np.ndarray | None, level: str, out: np.n
         w = np.ones((1, 32), np.float32) if w is None else w
         search = pairs(plan.tries), pairs(plan.moves), plan.rounds
         if plan.affine:
-            fit_block_affine(x, w, high, *search, codes, d, m)
+            run(fit_block_affine, x, w, high, *search, codes, d, m)
         else:
-            fit_block_symmetric(x, w, low, high, *search, codes, d)
+            run(fit_block_symmetric, x, w, low, high, *search, codes, d)
     if name == "Q8_0":
         pack_q8_0(codes, d, out)
     else:

@@ -12,12 +12,14 @@ Another family is added with its own `Grid` (levels that are not equally spaced 
 one whose weights are chosen together with a `Book` too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
 from dynq import formats
 from dynq.kernels import iq1, iq4, iquants, kquants, legacy
+from dynq.kernels.arrays import Array, beside, host, namespace, pick
 from dynq.kernels.floats import half_table
 from dynq.kernels.grids import entry_at, neighbours
 from dynq.kernels.grids import grid as lattice
@@ -83,6 +85,7 @@ class Grid:
         return self.top == 0
 
 
+@cache
 def grid(name: str) -> Grid | None:
     """The grid of a format, None where error feedback does not know the format."""
     block = formats.get(name).block
@@ -109,72 +112,82 @@ def grid(name: str) -> Grid | None:
 
 @dataclass
 class Scales:
-    """The scales of some rows: d, dmin float32 [blocks, rows], ls, lm float32 [groups, rows].
+    """The scales of some rows: d, dmin float32 [blocks, rows], ls, lm float32 [groups, rows]; of NumPy or of torch.
 
     All in the scaled world: `unit` float32 [rows] is the power of two that each row was multiplied by.
     """
 
-    d: np.ndarray
-    dmin: np.ndarray
-    ls: np.ndarray
-    lm: np.ndarray
-    unit: np.ndarray
+    d: Array
+    dmin: Array
+    ls: Array
+    lm: Array
+    unit: Array
+    moves: dict[tuple[int, bool], tuple[Array, Array]] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, form: Grid, n: int, unit: np.ndarray) -> "Scales":
+    def empty(cls, form: Grid, n: int, unit: Array) -> "Scales":
         rows = len(unit)
-        d, dmin = np.zeros((2, n // form.block, rows), F)
-        ls, lm = np.ones((2, n // form.group, rows), F)
+        d, dmin = beside(np.zeros((2, n // form.block, rows), F), unit)
+        ls, lm = beside(np.ones((2, n // form.group, rows), F), unit)
         return cls(d, dmin, ls, lm, unit)
 
-    def steps(self, form: Grid, group: int) -> tuple[np.ndarray, np.ndarray]:
+    def steps(self, form: Grid, group: int) -> tuple[Array, Array]:
         """Step and offset of a group: float32 [rows] each."""
         b = group * form.group // form.block
         return self.d[b] * self.ls[group], -(self.dmin[b] * self.lm[group])
 
-    def stored(self, value: np.ndarray) -> np.ndarray:
+    def stored(self, value: Array) -> Array:
         """A half float as the decoder will see it, in the scaled world."""
-        return np.clip(value / self.unit, -65504, 65504).astype(np.float16).astype(F) * self.unit
+        xp = namespace(value)
+        halves = xp.asarray(xp.clip(value / self.unit, -65504, 65504), dtype=xp.float16)
+        return xp.asarray(halves, dtype=xp.float32) * self.unit
 
-    def candidates(self, form: Grid, group: int, reach: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def candidates(self, form: Grid, group: int, reach: int) -> tuple[Array, Array, Array, Array]:
         """Scales near a group's own: numbers a, m to be kept by `take`, steps and offsets; float32 [candidates, rows].
 
         a and m are ls and lm, or d and dmin where the group has its own. Each side of the range of codes moves, so a
         larger step goes with a lower offset.
         """
-        b = group * form.group // form.block
-        moves = np.arange(-reach, reach + 1, dtype=F)
-        up = np.repeat(moves, len(moves))[:, None] if form.affine else moves[:, None]
-        down = np.tile(moves, len(moves))[:, None] if form.affine else np.zeros((1, 1), F)
+        xp, b = namespace(self.d), group * form.group // form.block
+        up, down = self._moves(reach, form.affine)
         if form.free:
-            size = F(FRACTION / len(form.levels))
+            size = float(F(FRACTION / len(form.levels)))
             a = self.stored(self.d[b] * (1 + size * up))
             # the middle of the range moves by down / 2 of what its ends move by
-            middle = F(form.levels.mean())
-            m = self.stored(self.dmin[b] + (a - self.d[b]) * middle + self.d[b] * (size * middle) * down)
+            middle = float(form.levels.mean())
+            m = xp.zeros_like(a)
+            if form.affine:
+                moved = self.d[b] * float(F(size) * F(middle)) * down
+                m = self.stored(self.dmin[b] + (a - self.d[b]) * middle + moved)
             if form.mirrored:
-                a = np.concatenate([a, -a])
-            m = m if form.affine else np.zeros_like(a)
+                a, m = xp.concatenate([a, -a]), xp.concatenate([m, m])
             return a, m, a, -m
-        low, high = F(form.bottom), F(form.top)
-        a = np.clip(self.ls[group] + F(form.stride) * up, low, high)
+        a = xp.clip(self.ls[group] + form.stride * up, form.bottom, form.top)
         if form.mirrored:
-            a = np.concatenate([a, np.clip(-a, low, high)])
+            a = xp.concatenate([a, xp.clip(-a, form.bottom, form.top)])
         deltas = [0.0] if form.book is None else [form.book.delta]
         if form.book is not None and form.book.delta and not form.book.apart:
             deltas = [form.book.delta, -form.book.delta]
-        delta = np.repeat(np.array(deltas, F), len(a))[:, None]
-        a = np.concatenate([a] * len(deltas))
-        step = self.d[b] * a
-        m = np.clip(self.lm[group] + down, 0, high) if form.affine else np.broadcast_to(self.lm[group], a.shape)
-        return a, m, step, step * delta - self.dmin[b] * m
+        own = self.d[b] * a
+        shift = xp.concatenate([own * delta for delta in deltas])
+        a, step = xp.concatenate([a] * len(deltas)), xp.concatenate([own] * len(deltas))
+        m = xp.clip(self.lm[group] + down, 0, form.top) if form.affine else xp.broadcast_to(self.lm[group], a.shape)
+        return a, m, step, shift - self.dmin[b] * m
 
-    def take(self, form: Grid, group: int, a: np.ndarray, m: np.ndarray, best: np.ndarray) -> None:
+    def _moves(self, reach: int, affine: bool) -> tuple[Array, Array]:
+        """What is added at either end of the range: float32 [candidates, 1] twice, the second for affine formats."""
+        if (reach, affine) not in self.moves:
+            moves = np.arange(-reach, reach + 1, dtype=F)
+            up, down = (np.repeat(moves, len(moves)), np.tile(moves, len(moves))) if affine else (moves, moves)
+            self.moves[reach, affine] = beside(up[:, None], self.d), beside(down[:, None], self.d)
+        return self.moves[reach, affine]
+
+    def take(self, form: Grid, group: int, a: Array, m: Array, best: Array) -> None:
         """Keep the candidate `best` int64 [rows] of a and m; none where it is -1."""
-        at = np.maximum(best, 0)[None]
+        xp, at = namespace(best), best * (best >= 0)
         kept = (self.d, self.dmin) if form.free else (self.ls, self.lm)
         for old, new in zip(kept, (a, m), strict=True):
-            old[group] = np.where(best >= 0, np.take_along_axis(new, at, 0)[0], old[group])
+            old[group] = xp.where(best >= 0, pick(new, at), old[group])
 
 
 FRACTION = 0.4  # of a step: how far the outermost level moves from one candidate to the next
@@ -212,20 +225,21 @@ def read(name: str, data: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return _half(data, 0), _half(data, 2), _f(scales), _f(minima)
 
 
-def write(form: Grid, scales: Scales, codes: np.ndarray, out: np.ndarray) -> None:
+def write(form: Grid, scales: Scales, codes: Array, out: np.ndarray) -> None:
     """Fill uint8 out [rows, row_bytes] from codes uint8 [n, rows]."""
     n, rows = codes.shape
     name, blocks = form.name, n // form.block
-    q = np.ascontiguousarray(codes.T).reshape(rows * blocks, form.block)
-    d, dmin = (_bits(x / scales.unit) for x in (scales.d, scales.dmin))
-    ls, lm = (x.T.reshape(rows * blocks, form.block // form.group) for x in (scales.ls, scales.lm))
+    q = np.ascontiguousarray(host(codes.T)).reshape(rows * blocks, form.block)
+    floats = host(scales.d / scales.unit), host(scales.dmin / scales.unit)
+    d, dmin = (_bits(x) for x in floats)
+    ls, lm = (host(x).T.reshape(rows * blocks, form.block // form.group) for x in (scales.ls, scales.lm))
     out = out.reshape(rows * blocks, -1)
     if form.book is not None:
         _write_entries(form, form.book, q, ls, d, out)
     elif name in ("IQ4_NL", "IQ4_XS"):
         iq4.pack(name, q, ls.astype(np.int8), d, out)
     elif form.free:
-        legacy.pack(q, d, _bits(-scales.dmin / scales.unit), form.affine, name[1] == "5", out)
+        legacy.pack(q, d, _bits(-floats[1]), form.affine, name[1] == "5", out)
     elif name == "Q2_K":
         kquants.pack_q2_k(q, ls.astype(np.uint8), lm.astype(np.uint8), d, dmin, out)
     elif name in ("Q4_K", "Q5_K"):

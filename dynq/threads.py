@@ -1,0 +1,58 @@
+"""Sequences side by side, each computed by one thread of torch: the same bytes whatever the number of threads.
+
+torch cuts the elements of an operation into a piece for each thread and rounds the last few of a piece otherwise
+(silu), and Intel's MKL sums a product of matrices in another order. So two and three threads differ in their last bits,
+and a sampled text from the first token that hangs on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Workers whose torch operations take one thread each; threads: how many, by default as many as torch has."""
+    import torch  # those who only read texts need none
+
+    before = torch.get_num_threads()
+    first_calls()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads or before) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(before)
+
+
+def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterable[int], bar: Any = None) -> None:
+    """A step for each item; what has not begun is left out when one fails or the user interrupts.
+
+    bar: counts the items that are done.
+    """
+    futures = [workers.submit(step, item) for item in items]
+    try:
+        for future in futures:
+            future.result()
+            if bar is not None:
+                bar.update(1)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def first_calls() -> None:
+    """Call the vector functions of MKL once, before several threads do.
+
+    MKL 2024.2 chooses the code of such a function in its first call. While it does, another thread may get a coarse
+    one, with errors of a thousand units in the last place; the next call is right again (pytorch issue 188792).
+    """
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        one = torch.ones(1, dtype=dtype)
+        for function in (torch.exp, torch.log, torch.sqrt, torch.cos, torch.sin, torch.tanh, torch.erf):
+            function(one)
