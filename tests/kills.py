@@ -2,7 +2,7 @@
 
     python tests/kills.py FOLDER NOTEBOOK
 
-runs one notebook of the tests' `quick_run` in a folder, with one thread where that has two.
+runs one notebook of the tests' `quick_run` in a folder.
 """
 
 import random
@@ -108,7 +108,7 @@ def kill_and_finish(
 
 
 def _one(folder: RunFolder, notebook: str) -> None:
-    tasks = runner.plan("dynq-tiny", [TARGET], folder, PARAMETERS | {"threads": 1})
+    tasks = runner.plan("dynq-tiny", [TARGET], folder, PARAMETERS)
     runner.execute_each([task for task in tasks if task.notebook == notebook], folder)
 
 
