@@ -8,20 +8,24 @@ Each sequence is computed by one thread, several side by side, and is written by
 their order. So the result is the same bytes whatever the number of threads.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from dynq import layerwise
 from dynq.checkpoint import Checkpoint
+from dynq.cluster import held, tasks
 from dynq.errors import DynqError
 from dynq.files import disk_array, replacing
 from dynq.fisher import Fisher, sequence_samples, true_fisher_backward
@@ -31,7 +35,10 @@ from dynq.progress import progress
 from dynq.recorder import HEAD, Recorder
 from dynq.text import encode, prompts
 from dynq.threads import each, one_thread_each
-from dynq.torch_model import load_model, load_tokenizer
+from dynq.torch_model import check_in_memory, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 ON_CARD = 2
 """Sequences at once on a graphics card: it computes one while the other's samples are drawn and written."""
@@ -47,16 +54,18 @@ def calibrate(
     threads: int | None = None,
     keep: int = 1024,
     source: str = "",
+    cluster: Client | None = None,
 ) -> Importance:
     """Write ``fisher/*.safetensors`` and ``imatrix.gguf`` into the run folder; return the importance.
 
     tokens: int32 ``[n_chunks, n_ctx]``; model: the transformers model of the checkpoint, in float32 or bfloat16;
     threads: sequences that are computed at once on a CPU; keep: Fisher samples per layer over all sequences; source:
-    said in the imatrix as its data set. Sequences that are there already are not computed again, so an interrupted
-    calibration goes on where it stopped: the caller clears ``fisher/`` when the inputs have changed.
+    said in the imatrix as its data set; cluster: whose workers take a sequence each, in a model of their own on the
+    CPU. Sequences that are there already are not computed again, so an interrupted calibration goes on where it
+    stopped: the caller clears ``fisher/`` when the inputs have changed.
 
     A model whose layers are read one by one (`layerwise.reader`) is computed layer by layer: a part of ``fisher/`` for
-    each sequence and layer, the same samples in all. Cut off, it begins anew.
+    each sequence and layer, the same samples in all. Cut off, it begins anew. No cluster helps with that.
     """
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise DynqError(f"calibration text of shape {tokens.shape}: need [chunks, tokens per chunk >= 2]")
@@ -69,6 +78,8 @@ def calibrate(
     with one_thread_each(threads if model.device.type == "cpu" else ON_CARD) as workers:
         if reader:
             _layer_by_layer(job, reader, workers, folder)
+        elif cluster:
+            _by_workers(job, cluster)
         else:
             _at_once(job, workers)
     importance = _importance(checkpoint, Fisher(fisher), tokens, source)
@@ -98,8 +109,8 @@ class _Job:
         log_p = torch.log_softmax(logits.float(), dim=-1)
         true_fisher_backward(log_p, torch.Generator().manual_seed(self.seed * 1_000_003 + i))
 
-    def save(self, i: int, recorder: Recorder, part: str = "") -> list[str]:
-        """Write the samples of what was recorded of sequence i; the units that these are."""
+    def samples(self, i: int, recorder: Recorder) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The samples of what was recorded of sequence i, and the metadata of their file."""
         units = recorder.used
         samples, groups = sequence_samples(recorder, self.share, self.seed * 1_000_003 + i)
         about = {
@@ -109,24 +120,62 @@ class _Job:
             "shapes": {unit: list(recorder.units[unit].shape) for unit in units},
             "flipped": sorted(recorder.flipped),
         }
-        with replacing(self.fisher / f"{i:05d}{part}.safetensors") as beside:
-            # one key: safetensors writes several in an order that changes from run to run
-            save_file(samples, beside, {"about": json.dumps(about)})
-        return units
+        # one key: safetensors writes several in an order that changes from run to run
+        return samples, {"about": json.dumps(about)}
+
+    def file(self, i: int, part: str = "") -> Path:
+        return self.fisher / f"{i:05d}{part}.safetensors"
+
+    def save(self, i: int, recorder: Recorder, part: str = "") -> list[str]:
+        """Write the samples of what was recorded of sequence i; the units that these are."""
+        samples, about = self.samples(i, recorder)
+        with replacing(self.file(i, part)) as beside:
+            save_file(samples, beside, about)
+        return recorder.used
+
+    def todo(self) -> list[int]:
+        return [i for i in range(len(self.tokens)) if not self.file(i).exists()]
+
+    def record(self, i: int) -> Recorder:
+        """Both passes of sequence i through the whole model."""
+        recorder = self.recorder()
+        with recorder:
+            logits = self.model(input_ids=self.ids(i), use_cache=False).logits
+        self.backward(i, logits)
+        recorder.check_used(recorder.used)
+        return recorder
 
 
 def _at_once(job: _Job, workers: ThreadPoolExecutor) -> None:
     def one(i: int) -> None:
-        recorder = job.recorder()
-        with recorder:
-            logits = job.model(input_ids=job.ids(i), use_cache=False).logits
-        job.backward(i, logits)
-        recorder.check_used(recorder.used)
-        job.save(i, recorder)
+        job.save(i, job.record(i))
 
-    todo = [i for i in range(len(job.tokens)) if not (job.fisher / f"{i:05d}.safetensors").exists()]
+    todo = job.todo()
     with progress(total=len(todo), desc="calibrate", unit="sequence") as bar:
         each(workers, one, todo, bar)
+
+
+def _by_workers(job: _Job, cluster: Client) -> None:
+    todo = job.todo()
+    there = partial(_sequence_there, replace(job, model=None))
+    for i, data in zip(
+        todo, tasks(there, todo, cluster, total=len(todo), desc="calibrate", unit="sequence"), strict=True
+    ):
+        with replacing(job.file(i)) as beside:
+            beside.write_bytes(data)
+
+
+def _sequence_there(job: _Job, i: int) -> bytes:
+    """On a worker: the file of sequence i."""
+
+    def load() -> Any:
+        model = load_model(job.checkpoint)
+        check_in_memory(model, "calibration by the workers of a cluster")
+        return model.requires_grad_(False)
+
+    job = replace(job, model=held(("calibrate", job.checkpoint), load))
+    samples, about = job.samples(i, job.record(i))
+    return save(samples, about)
 
 
 def _layer_by_layer(job: _Job, reader: layerwise.Reader, workers: ThreadPoolExecutor, folder: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ EMBEDDED = "dynq-tiny"
 
 # a model card's bytes; characters, and brackets within brackets, of the YAML at its top
 _LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 15, 50
+_PAGES, _PAGE = 64, 4096  # read of each file to tell it from another
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
 _NOT_CARRIED = re.compile(r"^(GGUF\.|general\.(file_type|quantization_version|alignment)$|quantize\.|dynq\.|split\.)")
@@ -194,6 +195,32 @@ class Checkpoint:
                 whole.update(f"{label}\0{digest}\n".encode())
         self.check_unchanged()
         return whole.hexdigest()
+
+    @cached_property
+    def _stamp(self) -> str:
+        """A hash of the files' sizes and of pages here and there: another model at the same path has another."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(f"{size}\0".encode())
+            with path.open("rb") as file:
+                for i in range(_PAGES):
+                    file.seek(size * i // _PAGES)
+                    digest.update(file.read(_PAGE))
+        return digest.hexdigest()
+
+    def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, bool, str]]:
+        """It travels as its path, see `dynq.cluster`: the process that it comes to opens the same files there."""
+        embedded = self.path == Path(__file__).parent / "data" / EMBEDDED
+        return _opened_elsewhere, (EMBEDDED if embedded else str(self.path.resolve()), self.requantized, self._stamp)
+
+
+@lru_cache(maxsize=2)  # the original and a file of it
+def _opened_elsewhere(model: str, requantized: bool, stamp: str) -> Checkpoint:
+    checkpoint = open_checkpoint(model, requantized)
+    if checkpoint._stamp != stamp:
+        raise DynqError(f"{checkpoint.path}: not the model that the run reads; put the same files there")
+    return checkpoint
 
 
 def _stamp(file: Path) -> tuple[int, ...]:

@@ -87,6 +87,12 @@ def run(
         typer.Option(help="Where the model is computed: cpu, cuda, cuda:1, or auto: one card or all. Default: cpu."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
+    ] = None,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
     ] = None,
@@ -102,6 +108,7 @@ def run(
     """Make a GGUF of each target size, and prove it: calibrate, measure, allocate, export, evaluate."""
     from dynq import run as runner
     from dynq.allocate import parse_pins
+    from dynq.cluster import joined
     from dynq.folder import RunFolder
 
     given: dict[str, Any] = {
@@ -115,8 +122,12 @@ def run(
         "seed": seed,
         "device": device,
         "threads": threads,
+        "scheduler": scheduler,
         "allow_requantize": allow_requantize or None,
     }
+    _check_one(scheduler, workers, device)
+    with joined(scheduler, None):
+        pass  # it answers: found out before any work
     folder = RunFolder(out, force=force)
     if folder.path.exists() and not folder.path.is_dir():
         raise DynqError(f"{out}: a file, not a folder; choose another --out")
@@ -130,7 +141,7 @@ def run(
         print(f"dynq: {note}", file=sys.stderr)
     reckon.of_run(checkpoint, {task.step: task.parameters for task in tasks}, folder).tell(sys.stderr, yes=yes)
     try:
-        evaluation = runner.execute(tasks, folder)
+        evaluation = runner.execute(tasks, folder, workers=workers or 0)
     except KeyboardInterrupt:
         print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -284,6 +295,12 @@ def evaluate(
         str, typer.Option(help="Where the models are computed: cpu, cuda, cuda:1, or auto: one card or all.")
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
+    ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
     ] = False,
@@ -316,6 +333,7 @@ def evaluate(
 
     from dynq import reckon
     from dynq.checkpoint import open_checkpoint
+    from dynq.cluster import joined
     from dynq.devices import check_device
     from dynq.evaluate import files as measure
     from dynq.evaluate.tasks import Asked
@@ -324,26 +342,36 @@ def evaluate(
     measure.set_threads(threads)
     asked = Asked(mmlu or "", mmlu_limit, greedy, where, in_engine)
     check_device(device)
+    _check_one(scheduler, workers, device)
     try:
-        if logits is not None:
-            evaluation = measure.against_logits(logits.expanduser(), paths, folder, in_engine=in_engine, device=device)
-        else:
-            original = open_checkpoint(files[0], allow_requantize)
-            settings: dict[str, Any] = {"text": text or "", "n_ctx": ctx_size, "n_chunks": chunks, "threads": threads}
-            reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
-            reckoned.tell(sys.stderr, yes=yes)
-            evaluation = measure.against_original(
-                original,
-                paths,
-                folder,
-                seed=seed,
-                with_mixes=mixes,
-                imatrix=imatrix,
-                write_logits=write_logits,
-                asked=asked,
-                **settings,
-                device=device,
-            )
+        with joined(scheduler, workers) as cluster:
+            if logits is not None:
+                evaluation = measure.against_logits(
+                    logits.expanduser(), paths, folder, in_engine=in_engine, device=device, cluster=cluster
+                )
+            else:
+                original = open_checkpoint(files[0], allow_requantize)
+                settings: dict[str, Any] = {
+                    "text": text or "",
+                    "n_ctx": ctx_size,
+                    "n_chunks": chunks,
+                    "threads": threads,
+                }
+                reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
+                reckoned.tell(sys.stderr, yes=yes)
+                evaluation = measure.against_original(
+                    original,
+                    paths,
+                    folder,
+                    seed=seed,
+                    with_mixes=mixes,
+                    imatrix=imatrix,
+                    write_logits=write_logits,
+                    asked=asked,
+                    **settings,
+                    device=device,
+                    cluster=cluster,
+                )
     except KeyboardInterrupt:
         print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -431,6 +459,13 @@ def apply(
         )
     for name, (wanted, written) in made["fallbacks"].items():
         print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
+
+
+def _check_one(scheduler: str | None, workers: int | None, device: str | None) -> None:
+    if scheduler and workers:
+        raise DynqError("--scheduler joins a running cluster, --workers starts one: give one of them")
+    if (scheduler or workers) and device not in (None, "cpu"):
+        raise DynqError(f"--device {device}: the workers of a cluster compute on processors; leave out one of the two")
 
 
 def _json(value: Any) -> str:

@@ -1,13 +1,20 @@
 """The bytes of a recipe's tensors by the encoders alone, one tensor in memory at a time."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dynq import codec, formats
 from dynq.checkpoint import Checkpoint
+from dynq.cluster import tasks
 from dynq.imatrix import Importance
-from dynq.progress import progress
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 Stream = Iterator[tuple[str, str, np.ndarray]]
 """Name, format and bytes uint8 ``[..., row bytes]`` of tensors."""
@@ -21,17 +28,25 @@ def encode(
     level: str = "plain",
     threads: int | None = None,
     desc: str = "encode",
+    cluster: Client | None = None,
 ) -> Stream:
-    """In the order of chosen: tensor name -> format; level: as in `codec.quantize`."""
-    for name, fmt in progress(chosen.items(), total=len(chosen), desc=desc, unit="tensor"):
-        yield name, fmt, quantize_tensor(checkpoint, name, fmt, importance, level, threads)
+    """In the order of chosen: tensor name -> format; level: as in `codec.quantize`; cluster: whose workers encode."""
+    function = partial(_encoded, checkpoint, level, 1 if cluster else threads)
+    items = ((name, fmt, importance_of(checkpoint, name, importance)) for name, fmt in chosen.items())
+    made = tasks(function, items, cluster, total=len(chosen), desc=desc, unit="tensor")
+    for (name, fmt), data in zip(chosen.items(), made, strict=True):
+        yield name, fmt, data
 
 
 def quantize_tensor(
     checkpoint: Checkpoint, name: str, fmt: str, importance: Importance | None, level: str, threads: int | None
 ) -> np.ndarray:
-    mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
-    return quantized(checkpoint, name, fmt, mean, level, threads)
+    return _encoded(checkpoint, level, threads, (name, fmt, importance_of(checkpoint, name, importance)))
+
+
+def importance_of(checkpoint: Checkpoint, name: str, importance: Importance | None) -> np.ndarray | None:
+    """What a tensor is encoded with, see `Importance.mean`."""
+    return importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
 
 
 def quantized(
@@ -46,3 +61,10 @@ def quantized(
         own = mean[i] if mean is not None and mean.ndim == 2 else mean
         out[i] = codec.quantize(weights, fmt, own, level=level, threads=threads)
     return out
+
+
+def _encoded(
+    checkpoint: Checkpoint, level: str, threads: int | None, item: tuple[str, str, np.ndarray | None]
+) -> np.ndarray:
+    name, fmt, mean = item
+    return quantized(checkpoint, name, fmt, mean, level, threads)

@@ -28,6 +28,7 @@ One sequence is one safetensors file, or several where it is computed layer by l
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from safetensors import SafetensorError, safe_open
 from dynq.errors import DynqError
 from dynq.recorder import HEAD, Recorder
 
+TOGETHER = 256  # samples that a thread multiplies at a time; the last digits depend on it
 UNIFORM_SHARE = 0.1  # of the draws fall on any token alike: bounds every weight, whatever the norms say
 
 
@@ -202,10 +204,21 @@ class Samples:
     expert: torch.Tensor | None = None
     flipped: bool = False
 
-    def projections(self, error: torch.Tensor) -> torch.Tensor:
-        """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error D, float32 in the parameter's layout."""
+    def projections(self, error: torch.Tensor, workers: Executor | None = None) -> torch.Tensor:
+        """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error D, float32 in the parameter's layout.
+
+        workers: threads that share the samples, `TOGETHER` of them at a time; all at once without.
+        """
         error = error.swapaxes(-1, -2) if self.flipped else error
-        return (_moved(error, self.x, self.expert) * self.g).sum(-1).double()
+
+        def of(x: torch.Tensor, g: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
+            return (_moved(error, x, expert) * g).sum(-1).double()
+
+        if workers is None:
+            return of(self.x, self.g, self.expert)
+        parts = [slice(start, start + TOGETHER) for start in range(0, len(self.x), TOGETHER)]
+        experts = [None if self.expert is None else self.expert[part] for part in parts]
+        return torch.cat(list(workers.map(of, (self.x[p] for p in parts), (self.g[p] for p in parts), experts)))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ STEPS = tuple(name.partition("_")[2] for name in runner.NOTEBOOKS)
 _PER_TARGET = tuple(name.partition("_")[2] for name in runner.PER_TARGET)
 _SECONDS = 1.0  # between two records while a bar moves
 _TAIL = 1 << 14  # bytes of the log that are read for its last lines
+_LINK = re.compile(r"cluster \S+: .*, dashboard (https?://\S+)$")  # as `dynq.cluster.connect` says it
 _BAR = re.compile(r"(?:(?P<what>.*?): )?\s*(?P<part>\d+)%\|[^|]*\|\s*(?P<rest>.*)")
 
 
@@ -37,7 +38,7 @@ class Look(NamedTuple):
 
     state: "running", "done", "failed", "cancelled", or "killed" where its process is gone without a word. steps: what
     it does, in order; at: the one that it is in or ended in. seconds: from its start to now, or to its end. bar: the
-    last progress bar in words; part: how much of it, 0 to 1. error: one line.
+    last progress bar in words; part: how much of it, 0 to 1. error: one line. dashboard: link to that of a cluster.
     """
 
     state: str
@@ -47,6 +48,7 @@ class Look(NamedTuple):
     bar: str
     part: float | None
     error: str
+    dashboard: str
 
 
 class Job:
@@ -158,7 +160,8 @@ class Job:
                 state, until = "killed", record["written"]
                 error = "its process was killed, by the system if memory ran out; start again to go on"
         seconds = (until or time.time()) - record["started"]
-        return Look(state, record["steps"], record["at"], seconds, record["bar"], record["part"], error)
+        dashboard = record.get("dashboard", "")
+        return Look(state, record["steps"], record["at"], seconds, record["bar"], record["part"], error, dashboard)
 
     def wait(self, seconds: float | None = None) -> Look | None:
         """Until the job has ended, or for so long; how it stands then."""
@@ -213,7 +216,7 @@ class _Watched:
         process = psutil.Process()
         self.record: dict[str, Any] = {"state": "running", "pid": process.pid, "born": process.create_time()}
         self.record |= {"steps": steps, "at": 0, "started": time.time(), "ended": None, "error": ""}
-        self.record |= {"bar": "", "part": None}
+        self.record |= {"bar": "", "part": None, "dashboard": ""}
         self._next = 0.0
 
     def note(self, **change: Any) -> None:
@@ -228,6 +231,8 @@ class _Watched:
             if bar := _BAR.match(piece):
                 words = ": ".join(filter(None, (bar["what"], bar["rest"].strip())))
                 self.record |= {"bar": words, "part": int(bar["part"]) / 100}
+            elif link := _LINK.match(piece):
+                self.record["dashboard"] = link[1]
         if time.monotonic() >= self._next:
             self.note()
         return len(text)

@@ -1,11 +1,14 @@
 """What the layers of a model read, and its tensors encoded by that: errors fed back, see `dynq.feedback`."""
 
+from __future__ import annotations
+
 import json
+import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +17,9 @@ from safetensors.numpy import save_file
 
 from dynq import feedback
 from dynq.checkpoint import Checkpoint
+from dynq.cluster import tasks
 from dynq.devices import free
-from dynq.encoding import Stream, quantize_tensor
+from dynq.encoding import Stream, importance_of, quantized
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.imatrix import Importance
@@ -27,6 +31,7 @@ from dynq.threads import each, one_thread_each
 
 if TYPE_CHECKING:
     import pyarrow
+    from distributed import Client
 
 ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
 BUDGET = 8 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
@@ -45,14 +50,16 @@ def feed_back(
     *,
     threads: int | None = None,
     desc: str = "encode",
+    cluster: Client | None = None,
 ) -> Stream:
     """By `feedback.encode`, on what the layers of the original read; by `search` what no layer multiplies by.
 
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
     chunk. `kept_aside` of them judge, see `feedback.encode`.
     parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
-    Encoders run on the model's card where numba.cuda can compile for it.
-    A bunch of tensors whose Hessians fill `BUDGET` is encoded together.
+    Encoders run on the model's card where numba.cuda can compile for it. A bunch of tensors whose Hessians fill
+    `BUDGET` is encoded together, by the workers of a cluster if there is one: the Hessians are collected here all the
+    same, and read from a file there.
     """
     parts.mkdir(exist_ok=True)
     modules = {} if reader(model) else _modules(checkpoint, model)
@@ -62,54 +69,88 @@ def feed_back(
     sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
     device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
+    function = partial(_encoded, checkpoint, guard, 1 if cluster else threads, "cpu" if cluster else device)
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
             missing = [n for n, part in made.items() if not _holds(part, chosen[n])]
             reading = {name: modules[name] for name in missing if name in fed}
-            hessians = collect(model, reading, tokens, domains, threads=threads) if reading else {}
+            read: dict[str, Any] = collect(model, reading, tokens, domains, threads=threads) if reading else {}
+            if cluster:
+                read = _written(read, parts / "hessians")
+            why = {name: f"{chosen[name]} has no feedback" if name in modules else unread for name in missing}
+            means = ((name, importance_of(checkpoint, name, importance)) for name in missing)
+            todo = (_Todo(name, chosen[name], mean, read.get(name) or why[name]) for name, mean in means)
+            results = tasks(function, todo, cluster, unit="tensor")
             for name in bunch:
                 if name in missing:
-                    read = hessians.get(name)
-                    order = checkpoint.architecture.slot_of(name).cols
-                    if read and order is not None:
-                        fit, aside = ([h.ordered(order) for h in some] for some in read)
-                        read = fit, aside
-                    reason = f"{chosen[name]} has no feedback" if name in modules else unread
-                    _encode_part(
-                        checkpoint, name, chosen[name], importance, read or reason, guard, parts, threads, device
-                    )
-                with safe_open(_part(parts, name), framework="np") as file:
+                    data, told = next(results)
+                    with replacing(made[name]) as beside:
+                        save_file({"data": data}, beside, {"told": json.dumps(told)})
+                with safe_open(made[name], framework="np") as file:
                     yield name, chosen[name], file.get_tensor("data")
                 bar.update(1)
     finally:
         bar.close()
+        shutil.rmtree(parts / "hessians", ignore_errors=True)
 
 
-def _encode_part(
-    checkpoint: Checkpoint,
-    name: str,
-    fmt: str,
-    importance: Importance | None,
-    inputs: tuple[list[feedback.Hessian], list[feedback.Hessian]] | str,
-    guard: bool,
-    parts: Path,
-    threads: int | None,
-    device: str,
-) -> None:
-    """inputs: Hessians to fit and kept aside, or why there are none."""
-    told: dict[str, Any] = {"tensor": name, "format": fmt}
+Inputs = tuple[list[feedback.Hessian], list[feedback.Hessian]]
+"""Hessians to fit, and those that judge."""
+
+
+class _Todo(NamedTuple):
+    """A tensor to encode. inputs: of its layer, or the file that they are in, or why there are none."""
+
+    name: str
+    format: str
+    mean: np.ndarray | None
+    inputs: Inputs | Path | str
+
+
+def _encoded(
+    checkpoint: Checkpoint, guard: bool, threads: int | None, device: str, todo: _Todo
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Bytes of a tensor, and what `reports` tells of it."""
+    told: dict[str, Any] = {"tensor": todo.name, "format": todo.format}
+    inputs = todo.inputs
     if isinstance(inputs, str):
-        data = quantize_tensor(checkpoint, name, fmt, importance, "search", threads)
-        told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
-    else:
-        mean = importance.mean(name, checkpoint.tensors[name].row) if importance is not None else None
-        made = feedback.encode(checkpoint.read(name), fmt, *inputs, mean, guard=guard, threads=threads, device=device)
-        data = made.data
-        told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
-    with replacing(_part(parts, name)) as beside:
-        save_file({"data": data}, beside, {"told": json.dumps(told)})
+        data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
+        return data, told | {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
+    fit, aside = _read(inputs) if isinstance(inputs, Path) else inputs
+    order = checkpoint.architecture.slot_of(todo.name).cols
+    if order is not None:
+        fit, aside = ([h.ordered(order) for h in some] for some in (fit, aside))
+    settings: dict[str, Any] = {"guard": guard, "threads": threads, "device": device}
+    made = feedback.encode(checkpoint.read(todo.name), todo.format, fit, aside, todo.mean, **settings)
+    told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
+    return made.data, told
+
+
+def _written(read: Mapping[str, Inputs], folder: Path) -> dict[str, Path]:
+    """Name -> a file with its inputs, for workers to read; layers that read the same have one file."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    files: dict[int, Path] = {}
+    found = {}
+    for name, (fit, aside) in read.items():
+        same = [*fit, *aside][0].matrix.ctypes.data
+        if same not in files:
+            files[same] = folder / f"{len(files)}.safetensors"
+            parts = {f"fit.{i:05d}": h for i, h in enumerate(fit)} | {f"aside.{i:05d}": h for i, h in enumerate(aside)}
+            tokens = json.dumps({part: h.tokens for part, h in parts.items()})
+            save_file({part: h.matrix for part, h in parts.items()}, files[same], {"tokens": tokens})
+        found[name] = files[same]
+    return found
+
+
+def _read(file: Path) -> Inputs:
+    with safe_open(file, framework="np") as kept:
+        tokens = json.loads(kept.metadata()["tokens"])
+        found = {name: feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in sorted(tokens)}
+    fit, aside = ([h for name, h in found.items() if name.startswith(kind)] for kind in ("fit.", "aside."))
+    return fit, aside
 
 
 def _part(parts: Path, name: str) -> Path:
@@ -140,7 +181,7 @@ def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def expected_kld(table: "pyarrow.Table", told: Sequence[Mapping[str, Any]]) -> float:
+def expected_kld(table: pyarrow.Table, told: Sequence[Mapping[str, Any]]) -> float:
     """What a sensitivity table of plain encodings predicts once errors are fed back: the sum over tensors of predicted
     KLD times the mean ratio of output errors, which is the ratio of the quadratic forms where tokens weigh alike.
 

@@ -12,9 +12,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
+from dynq import cluster
 from dynq.allocate import allocate, candidates, parse_bytes, parse_target
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe
@@ -261,23 +263,27 @@ def _without_importance(checkpoint: "Checkpoint", steps: Mapping[str, Mapping[st
     return set(read_imatrix(file).check_model(checkpoint.tensors, file))
 
 
-def execute(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> dict[str, Any]:
+def execute(
+    tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None, workers: int = 0
+) -> dict[str, Any]:
     """Run the notebooks of a plan into ``notebooks/`` of the run folder; returns what evaluation.json holds.
 
-    stream: where headings and progress bars go, by default the standard error. DynqError raised in a notebook comes
-    out as itself.
+    stream: where headings and progress bars go, by default the standard error; workers: processes of a cluster that is
+    started on this machine and shares the work. DynqError raised in a notebook comes out as itself.
     """
-    execute_each(tasks, folder, stream=stream)
+    execute_each(tasks, folder, stream=stream, workers=workers)
     result: dict[str, Any] = folder.read_json("evaluation.json")
     return result
 
 
-def execute_each(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None) -> None:
+def execute_each(tasks: Iterable[Task], folder: RunFolder, *, stream: TextIO | None = None, workers: int = 0) -> None:
     """Run any notebooks into ``notebooks/`` of the run folder, as `execute` does."""
     stream = stream or sys.stderr
     bars = stream if stream.isatty() else LineStream(stream)
-    with folder.lock():
+    with folder.lock(), cluster.started(workers) if workers else nullcontext() as address:
         for task in tasks:
+            if address and "scheduler" in task.parameters:
+                task = task._replace(parameters=task.parameters | {"scheduler": address})
             started = time.monotonic()
             stream.write(f"{task.output.removesuffix('.ipynb')}\n")
             stream.flush()

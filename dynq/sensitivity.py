@@ -10,11 +10,17 @@ common. The head needs no expansion: an error d = D h in the logits gives ``log 
 exactly. A tied embedding pays for both of its uses.
 """
 
+from __future__ import annotations
+
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +30,20 @@ import torch
 from dynq import codec, formats
 from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
+from dynq.cluster import held, tasks
 from dynq.devices import single
+from dynq.encoding import importance_of
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
 from dynq.fisher import Fisher, Samples
 from dynq.imatrix import Importance
-from dynq.progress import progress
 from dynq.recorder import HEAD
-from dynq.torch_model import set_tensor
+from dynq.threads import one_thread_each
+from dynq.torch_model import check_in_memory, load_model, set_tensor
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 SCHEMA = pa.schema(
     [
@@ -47,12 +58,15 @@ SCHEMA = pa.schema(
         ("measured_kld", pa.float64()),  # null where the swap was not measured
     ]
 )
-HEAD_ROWS = 64  # head samples at a time: bounds the logits that are in memory
+HEAD_ROWS = 32  # head samples that a thread takes at a time: bounds the logits that are in memory
 
 
-def quadratic_form(error: torch.Tensor, samples: Samples) -> tuple[float, float]:
-    """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens."""
-    terms = 0.5 * samples.weight * samples.projections(error).square()
+def quadratic_form(error: torch.Tensor, samples: Samples, workers: Executor | None = None) -> tuple[float, float]:
+    """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens.
+
+    workers: as in `Samples.projections`.
+    """
+    terms = 0.5 * samples.weight * samples.projections(error, workers).square()
     return float(terms.sum()), float(terms.square().sum().sqrt())
 
 
@@ -64,21 +78,27 @@ def parameter_error(architecture: Architecture, name: str, error: np.ndarray, sh
 
 
 def head_divergence(
-    weight: torch.Tensor, error: torch.Tensor, samples: Samples, logits: Callable[[Any], Any] = lambda z: z
+    weight: torch.Tensor,
+    error: torch.Tensor,
+    samples: Samples,
+    logits: Callable[[Any], Any] = lambda z: z,
+    workers: Executor | None = None,
 ) -> tuple[float, float]:
     """The exact divergence summed over tokens when the head is ``weight + error``, and its standard error.
 
     weight, error: float32 ``[n_vocab, n_in]``; samples.x: float32 ``[n, n_in]``, what the head reads. logits: what the
-    model does with the head's output: a scale, a soft cap.
+    model does with the head's output: a scale, a soft cap. workers: threads that share the samples.
     """
-    terms = []
-    for rows in torch.arange(len(samples.x)).split(HEAD_ROWS):
+
+    def of(x: torch.Tensor) -> torch.Tensor:
         # float64: in float32 the sum of 150,000 probabilities is off by 4e-5, more than a good format's divergence
-        z = (samples.x[rows] @ weight.T).double()
-        d = logits(z + (samples.x[rows] @ error.T).double()) - logits(z)
+        z = (x @ weight.T).double()
+        d = logits(z + (x @ error.T).double()) - logits(z)
         log_p = torch.log_softmax(logits(z), dim=-1)
-        terms.append(torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1))
-    weighted = samples.weight * torch.cat(terms)
+        return torch.logsumexp(log_p + d, dim=-1) - (log_p.exp() * d).sum(-1)
+
+    parts = samples.x.split(HEAD_ROWS)
+    weighted = samples.weight * torch.cat(list(workers.map(of, parts) if workers else map(of, parts)))
     return float(weighted.sum()), float(weighted.square().sum().sqrt())
 
 
@@ -91,10 +111,12 @@ def sensitivity(
     level: str = "plain",
     threads: int | None = None,
     device: str = "cpu",
+    cluster: Client | None = None,
 ) -> pa.Table:
     """Fill ``sensitivity.parquet`` of a run folder that is calibrated; return the table (columns: `SCHEMA`).
 
-    device: where the products with the samples are computed.
+    device: where the products with the samples are computed; cluster: whose workers take a tensor each. On a CPU each
+    product is computed by one thread, so that the table is the same bytes whoever computes it.
 
     Tensors that are done stand in ``sensitivity.partial.jsonl``; an interrupted run goes on behind them. A format that
     the rows of a tensor do not divide into appears as llama.cpp's fallback for it, once.
@@ -109,8 +131,14 @@ def sensitivity(
     with partial.open("w") as log:
         for row in rows:
             log.write(json.dumps(row) + "\n")
-        for name in progress([n for n in names if n not in done], desc="sensitivity", unit="tensor"):
-            new = _tensor_rows(checkpoint, name, fisher, factors, importance, candidates, level, threads, device)
+        todo = [name for name in names if name not in done]
+        of_one = functools.partial(
+            _tensor_rows, checkpoint, fisher, candidates, level, 1 if cluster else threads, device
+        )
+        items = (
+            (n, factors.get(checkpoint.tensors[n].kind, 1.0), importance_of(checkpoint, n, importance)) for n in todo
+        )
+        for new in tasks(of_one, items, cluster, total=len(todo), desc="sensitivity", unit="tensor"):
             rows += new
             log.write("".join(json.dumps(row) + "\n" for row in new))
             log.flush()
@@ -144,15 +172,15 @@ def write_table(table: pa.Table, folder: Path) -> None:
 
 def _tensor_rows(
     checkpoint: Checkpoint,
-    name: str,
     fisher: Fisher,
-    factors: dict[str, float],
-    importance: Importance | None,
     candidates: tuple[str, ...],
     level: str,
     threads: int | None,
     device: str,
+    item: tuple[str, float, np.ndarray | None],
 ) -> list[dict[str, Any]]:
+    """item: the tensor's name, the factor of its kind, its importance."""
+    name, factor, mean = item
     info = checkpoint.tensors[name]
     weight = checkpoint.read(name)
     architecture = checkpoint.architecture
@@ -160,7 +188,6 @@ def _tensor_rows(
     shape = fisher.shapes[fisher.unit[name]]
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
     head_samples = fisher.samples(HEAD, device) if is_head else None
-    mean = importance.mean(name, info.row) if importance else None
     rows = []
     for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
         if mean is None and formats.get(fmt).needs_importance:
@@ -169,13 +196,14 @@ def _tensor_rows(
         decoded = codec.dequantize(data, fmt, threads=threads)
         error = parameter_error(architecture, name, decoded - weight, shape).to(device)
         total, spread = 0.0, 0.0
-        if name != HEAD:
-            value, deviation = quadratic_form(error, samples)
-            total, spread = factors[info.kind] * value, factors[info.kind] * deviation
-        if head_samples is not None:
-            own = torch.from_numpy(weight).to(device)
-            value, deviation = head_divergence(own, error, head_samples, architecture.logits)
-            total, spread = total + value, float(np.hypot(spread, deviation))
+        with one_thread_each(threads) if device == "cpu" else nullcontext() as workers:
+            if name != HEAD:
+                value, deviation = quadratic_form(error, samples, workers)
+                total, spread = factor * value, factor * deviation
+            if head_samples is not None:
+                own = torch.from_numpy(weight).to(device)
+                value, deviation = head_divergence(own, error, head_samples, architecture.logits, workers)
+                total, spread = total + value, float(np.hypot(spread, deviation))
         size = formats.tensor_bytes(fmt, info.shape)
         rows.append(
             {
@@ -228,30 +256,62 @@ def measure_swaps(
     *,
     level: str = "plain",
     threads: int | None = None,
+    cluster: Client | None = None,
 ) -> pa.Table:
     """Store one tensor in one format, run the model, measure: fills ``measured_kld`` of the given rows and saves.
 
     reference: log-probabilities of the same model, best on the calibration text with ``first=0``, since the
-    prediction speaks of all its positions. The model is put back as it was after each swap.
+    prediction speaks of all its positions. The model is put back as it was after each swap. cluster: whose workers
+    swap, each in a model of its own. On a CPU each chunk is computed by one thread, several side by side.
     """
     measured = table["measured_kld"].to_pylist()
     todo = [i for i in rows if measured[i] is None]
-    for i in progress(todo, desc="measured swaps", unit="swap"):
-        name, fmt = table["tensor"][i].as_py(), table["format"][i].as_py()
-        weight = checkpoint.read(name)
-        mean = importance.mean(name, weight.shape[-1]) if importance else None
-        data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
-        decoded = codec.dequantize(data, fmt, threads=threads)
-        try:
-            set_tensor(model, checkpoint, name, decoded)
-            measured[i] = float(kld.measure(model, reference, desc="").kld.mean())
-        finally:
-            set_tensor(model, checkpoint, name, weight)
+    names, fmts = table["tensor"].to_pylist(), table["format"].to_pylist()
+    swap = functools.partial(_swap, checkpoint, reference, level, *((None, 1) if cluster else (model, threads)))
+    items = ((names[i], fmts[i], importance_of(checkpoint, names[i], importance)) for i in todo)
+    divergences = tasks(swap, items, cluster, total=len(todo), desc="measured swaps", unit="swap")
+    for i, divergence in zip(todo, divergences, strict=True):
+        measured[i] = divergence
         table = table.set_column(
             SCHEMA.get_field_index("measured_kld"), "measured_kld", pa.array(measured, pa.float64())
         )
         write_table(table, folder)
     return table
+
+
+_swapping = Lock()
+
+
+def _swap(
+    checkpoint: Checkpoint,
+    reference: kld.Reference,
+    level: str,
+    model: Any,
+    threads: int | None,
+    item: tuple[str, str, np.ndarray | None],
+) -> float:
+    """model: None on a worker, which has its own. item: the tensor's name, format and importance."""
+    name, fmt, mean = item
+    weight = checkpoint.read(name)
+    data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
+    decoded = codec.dequantize(data, fmt, threads=threads)
+    with _swapping:
+        if model is None:
+            model = held(("swaps", checkpoint), lambda: load_model(checkpoint))
+            check_in_memory(model, "a measured swap")
+        try:
+            set_tensor(model, checkpoint, name, decoded)
+            return _divergence(model, reference, threads)
+        finally:
+            set_tensor(model, checkpoint, name, weight)
+
+
+def _divergence(model: Any, reference: kld.Reference, threads: int | None) -> float:
+    def of(chunk: int) -> np.ndarray:
+        return kld.measure(model, reference, skip=chunk, chunks=chunk + 1, desc="").kld
+
+    with one_thread_each(threads if model.device.type == "cpu" else 1) as workers:
+        return float(np.concatenate(list(workers.map(of, range(len(reference.tokens))))).mean())
 
 
 def agreement(table: pa.Table) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     first_calls()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads or before) as workers:
+        # each thread is told, for MKL's own number of threads is another one in each
+        with ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,)) as workers:
             yield workers
     finally:
         torch.set_num_threads(before)

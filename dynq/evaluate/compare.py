@@ -6,22 +6,29 @@ mix is never written to disk: its tensors are encoded and decoded in memory, whi
 would hold.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import dynq
 from dynq import export, formats, mixes, shards
 from dynq.allocate import parse_target
 from dynq.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from dynq.encoding import encode
 from dynq.evaluate import kld, precision
 from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.imatrix import Importance
 from dynq.recipe import Recipe
 from dynq.torch_model import device_of, load_model
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LOSSLESS = 1e-8  # nats: what float32 can tell from no divergence at all
 UNIFORM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
@@ -73,27 +80,75 @@ class Meter(Protocol):
 
 
 class Torch:
-    """Decodes a file, or encodes and decodes in memory, and runs it in torch. tokens: int32 ``[n_chunks, n_ctx]``."""
+    """Decodes a file, or encodes and decodes in memory, and runs it in torch. tokens: int32 ``[n_chunks, n_ctx]``.
+
+    With a cluster its workers run the original and the contenders, and model is not looked at; a mix becomes a file
+    for them to read, until it is scored.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: Any, importance: Importance | None, tokens: Any, threads: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        importance: Importance | None,
+        tokens: Any,
+        threads: int | None = None,
+        cluster: Client | None = None,
     ):
         self.about: list[Any] = [precision.SHARE]
         self._checkpoint, self._model, self._tokens = checkpoint, model, tokens
-        self._importance, self._threads = importance, threads
+        self._importance, self._threads, self._cluster = importance, threads, cluster
+        self._beside = Path()
 
     def reference(self, path: Path) -> kld.Reference:
+        self._beside = path
+        if self._cluster:
+            return precision.reference_by_workers(self._cluster, self._checkpoint, self._tokens, path)
         return kld.make_reference(self._model, self._tokens, path, desc="original")
 
     def score(self, contender: Contender, file: Path | None, reference: Any) -> dict[str, Any]:
-        device = device_of(self._model)
-        if file:
-            quantized = load_model(open_checkpoint(file, allow_requantize=True), device=device)
+        if self._cluster:
+            scores, arithmetic = self._by_workers(self._cluster, contender, file, reference)
         else:
-            read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
-            quantized = load_model(self._checkpoint, read=read, device=device)
-        scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
+            device = device_of(self._model)
+            if file:
+                quantized = load_model(open_checkpoint(file, allow_requantize=True), device=device)
+            else:
+                read = export.simulate(self._checkpoint, contender.formats, self._importance, threads=self._threads)
+                quantized = load_model(self._checkpoint, read=read, device=device)
+            scores, arithmetic = precision.measure(quantized, reference, desc=contender.label)
         return {"statistics": kld.statistics(scores)} | asdict(arithmetic)
+
+    def _by_workers(
+        self, cluster: Client, contender: Contender, file: Path | None, reference: kld.Reference
+    ) -> tuple[kld.TokenScores, precision.Arithmetic]:
+        if file:
+            made = open_checkpoint(file, allow_requantize=True)
+            return precision.measure_by_workers(cluster, made, made, reference, desc=contender.label)
+        mix = self._beside.with_name(f"{file_safe(contender.label)}.gguf")
+        return mix_by_workers(
+            cluster, self._checkpoint, contender.formats, self._importance, reference, mix, contender.label
+        )
+
+
+def mix_by_workers(
+    cluster: Client,
+    checkpoint: Checkpoint,
+    chosen: dict[str, str],
+    importance: Importance | None,
+    reference: kld.Base,
+    path: Path,
+    label: str,
+) -> tuple[kld.TokenScores, precision.Arithmetic]:
+    """`precision.measure` of the checkpoint with tensors in the chosen formats. They are encoded once, into a file at
+    `path` that all workers read and that goes when they have."""
+    try:
+        source = partial(encode, checkpoint, importance=importance, desc=path.name, cluster=cluster)
+        export.export(checkpoint, Recipe(chosen, label, 0, 0.0, None), importance, path, source=source)
+        weights = open_checkpoint(path, allow_requantize=True)
+        return precision.measure_by_workers(cluster, checkpoint, weights, reference, desc=label)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class Unmeasured:

@@ -6,13 +6,15 @@ computed once and kept in the folder, and so is every score, under the hash of a
 with one file more measures one file.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,14 +22,17 @@ import torch
 from dynq import export, gguf_header, libllama, mixes, recipe, shards, tokenizer
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
-from dynq.evaluate import compare, kld, logits_file, tables, tasks
+from dynq.evaluate import compare, kld, logits_file, precision, tables, tasks
 from dynq.evaluate.kept import Kept
 from dynq.evaluate.original import Original, Text
-from dynq.folder import RunFolder, content_hash
+from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.imatrix import Importance, read_imatrix
 from dynq.tables import text_table
 from dynq.text import labels
 from dynq.torch_model import load_model
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LEAST_CONTEXT = 16  # tokens in a chunk: fewer score too few positions for an error of the mean
 NOTHING_MORE = tasks.Asked()
@@ -61,6 +66,7 @@ def against_original(
     allow_requantize: bool = False,
     threads: int | None = None,
     device: str = "cpu",
+    cluster: Client | None = None,
 ) -> dict[str, Any]:
     """Measure GGUF files against their original; returns what ``evaluation.json`` holds.
 
@@ -68,7 +74,7 @@ def against_original(
     a domain of its own with n_chunks chunks of n_ctx tokens; or one that is there already. with_mixes: llama.cpp's
     mixes around each file's size are encoded as well, with the importance matrix if there is one. write_logits: where
     to write the original's logits for llama-perplexity. asked: what else to measure of each file. device: where the
-    models run.
+    models run. cluster: whose workers share the chunks of the text; what else is asked is measured here.
 
     A file that cannot be measured stands in "failed" with its reason. DynqError for what concerns all of them.
     """
@@ -79,7 +85,7 @@ def against_original(
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference, allow_requantize)
     questions = _questions(asked, checkpoint)
     with folder.lock():
-        original = Original(checkpoint, folder, device)
+        original = Original(checkpoint, folder, device, cluster)
         read = original.text(text, n_ctx=n_ctx, n_chunks=n_chunks, seed=seed) if isinstance(text, str) else text
         if write_logits is not None:
             _write_logits(write_logits, original, read.tokens)
@@ -100,6 +106,7 @@ def against_original(
             + ([tasks.Where(asked.where, checkpoint, read)] if asked.where else [])
             + ([tasks.InEngine(library, *what)] if library else []),
             {} if all(entrant.error for entrant in entrants) else _of_original(questions, kept, original),
+            cluster,
         )
         entries = _measured(entrants, bench)
         if with_mixes:
@@ -121,12 +128,18 @@ def against_original(
 
 
 def against_logits(
-    logits: Path, files: Sequence[Path], folder: RunFolder, *, in_engine: bool = False, device: str = "cpu"
+    logits: Path,
+    files: Sequence[Path],
+    folder: RunFolder,
+    *,
+    in_engine: bool = False,
+    device: str = "cpu",
+    cluster: Client | None = None,
 ) -> dict[str, Any]:
     """Measure GGUF files against a logits file of llama-perplexity: its tokens, its chunks, its 16 nats.
 
-    in_engine: run the files in llama.cpp as well. Returns what ``evaluation.json`` holds; errors as in
-    `against_original`.
+    in_engine: run the files in llama.cpp as well; cluster: as in `against_original`. Returns what ``evaluation.json``
+    holds; errors as in `against_original`.
     """
     paths = _existing(files)
     library = libllama.find() if in_engine else None
@@ -142,6 +155,7 @@ def against_logits(
             lambda file: base.starting_with(tokenizer.added_bos(file.metadata)),
             partial(load_model, device=device),
             [tasks.InEngine(library, *what)] if library else [],
+            cluster=cluster,
         )
         entries = _measured(entrants, bench)
         about = {
@@ -239,6 +253,7 @@ class _Bench:
     load: Callable[..., Any]
     asked: Sequence[tasks.Task] = ()
     of_original: Mapping[str, Any] = field(default_factory=dict)
+    cluster: Client | None = None
 
     def reads_text(self, identity: Any) -> bool:
         """Whether something is still to be measured that needs `base`."""
@@ -274,7 +289,10 @@ def _measured_file(entrant: Entrant, bench: _Bench) -> dict[str, Any]:
         file = open_checkpoint(entrant.path, allow_requantize=True)
     except DynqError as error:
         return {"error": _one_line(error, entrant.path)}
-    subject = tasks.Subject(entrant.label, file, lambda: bench.load(file), lambda: bench.base(file))
+    cluster, measure = bench.cluster, None
+    if cluster:
+        measure = partial(precision.measure_by_workers, cluster, file, file, desc=entrant.label)
+    subject = tasks.Subject(entrant.label, file, lambda: bench.load(file), lambda: bench.base(file), measure)
     identity = ["file", ",".join(map(content_hash, file.files))]
     if bench.reads_text(identity):
         _ = subject.base  # outside of the try: no room for it on the disk is no fault of this file's
@@ -313,7 +331,13 @@ def _mixes(
         def load(chosen: dict[str, str] = chosen) -> Any:
             return bench.load(checkpoint, export.simulate(checkpoint, chosen, importance, threads=threads))
 
-        subject = tasks.Subject(label, checkpoint, load, lambda: bench.base(checkpoint))
+        def by_workers(base: kld.Base, chosen: dict[str, str] = chosen, label: str = label) -> Any:
+            assert bench.cluster
+            path = bench.kept.folder / f"{file_safe(label)}.gguf"
+            return compare.mix_by_workers(bench.cluster, checkpoint, chosen, importance, base, path, label)
+
+        measure = by_workers if bench.cluster else None
+        subject = tasks.Subject(label, checkpoint, load, lambda: bench.base(checkpoint), measure)
         found = bench.ask(bench.divergence, subject, ["mix", chosen, source])
         size = compare.stored_bytes(chosen, tensors)
         bpw = 8 * size / checkpoint.n_weights

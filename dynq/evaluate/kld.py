@@ -75,12 +75,17 @@ class Reference:
     """The original model's log-probabilities on the evaluation text.
 
     tokens int32 ``[n_chunks, n_ctx]``; positions ``first .. n_ctx - 2`` of each chunk are scored; depth uint16
-    ``[n_chunks, scored, n_vocab]`` (a memory map): how many steps a token lies below the best one.
+    ``[n_chunks, scored, n_vocab]`` (a memory map): how many steps a token lies below the best one. path: of its files,
+    as which it travels to other processes.
     """
 
     tokens: np.ndarray
     first: int
     depth: np.ndarray
+    path: Path | None = None
+
+    def __reduce__(self) -> Any:
+        return super().__reduce__() if self.path is None else (open_reference, (self.path,))
 
     @property
     def scored(self) -> int:
@@ -164,6 +169,17 @@ def keep_reference(
     log_probs: Iterable[torch.Tensor], tokens: np.ndarray, first: int, n_vocab: int, path: Path
 ) -> Reference:
     """Keep log-probabilities, float32 ``[scored, n_vocab]`` for each chunk of tokens, as `make_reference` does."""
+    return keep_depths(map(depth_of, log_probs), tokens, first, n_vocab, path)
+
+
+def depth_of(log_p: torch.Tensor) -> np.ndarray:
+    """Log-probabilities float32 ``[scored, n_vocab]`` of a chunk as a `Reference` keeps them."""
+    steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
+    return steps.to(torch.uint16).cpu().numpy()
+
+
+def keep_depths(depths: Iterable[np.ndarray], tokens: np.ndarray, first: int, n_vocab: int, path: Path) -> Reference:
+    """`keep_reference` of what `depth_of` gives for each chunk."""
     shape = (len(tokens), tokens.shape[1] - 1 - first, n_vocab)
     need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
     if need > free:
@@ -173,9 +189,8 @@ def keep_reference(
         )
     with replacing(path.with_suffix(".u16")) as beside:
         depth = disk_array(beside, np.uint16, shape)
-        for chunk, log_p in enumerate(log_probs):
-            steps = (log_p.amax(-1, keepdim=True) - log_p).div_(float(STEP)).round_().clamp_(max=65535)
-            depth[chunk] = steps.to(torch.uint16).cpu().numpy()
+        for chunk, steps in enumerate(depths):
+            depth[chunk] = steps
         depth.flush()
         del depth
     header = {"first": first, "n_vocab": shape[2], "tokens": tokens.tolist()}
@@ -192,7 +207,7 @@ def open_reference(path: Path) -> Reference:
     size, expected = file.stat().st_size, 2 * int(np.prod(shape))
     if size != expected:
         raise DynqError(f"{file}: {size} bytes where {expected} are expected; delete it, it is made anew")
-    return Reference(tokens, header["first"], np.memmap(file, np.uint16, "r", shape=shape))
+    return Reference(tokens, header["first"], np.memmap(file, np.uint16, "r", shape=shape), path.absolute())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +36,17 @@ _HEAD = 4  # codes' places that scale and lowest take in a row of uint16
 class LogitsFile:
     """A reference for `kld.measure`.
 
-    tokens int32 ``[n_chunks, n_ctx]``; rows uint16 ``[n_chunks, scored, 4 + n_vocab to even]`` (a memory map).
+    tokens int32 ``[n_chunks, n_ctx]``; rows uint16 ``[n_chunks, scored, 4 + n_vocab to even]`` (a memory map). path:
+    as which it travels to other processes.
     """
 
     tokens: np.ndarray
     n_vocab: int
     rows: np.ndarray
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return _read_elsewhere, (self.path, self.tokens)
 
     @property
     def first(self) -> int:
@@ -95,7 +101,11 @@ def read(path: str | Path) -> LogitsFile:
     tokens = np.fromfile(path, "<i4", n_chunks * n_ctx, offset=start).reshape(n_chunks, n_ctx)
     if tokens.min() < 0 or tokens.max() >= n_vocab:
         raise DynqError(f"{path}: a token outside of the vocabulary of {n_vocab}: damaged; make it anew")
-    return LogitsFile(tokens, n_vocab, np.memmap(path, "<u2", "r", start + tokens.nbytes, shape))
+    return LogitsFile(tokens, n_vocab, np.memmap(path, "<u2", "r", start + tokens.nbytes, shape), path.absolute())
+
+
+def _read_elsewhere(path: Path, tokens: np.ndarray) -> LogitsFile:
+    return replace(read(path), tokens=tokens)
 
 
 def write(path: str | Path, tokens: np.ndarray, n_vocab: int, log_probs: Iterable[torch.Tensor]) -> None:

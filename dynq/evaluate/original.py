@@ -1,19 +1,24 @@
 """The original that files are measured against: its model, its text, its log-probabilities."""
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dynq.checkpoint import Checkpoint
 from dynq.errors import DynqError
-from dynq.evaluate import kld
+from dynq.evaluate import kld, precision
 from dynq.evaluate.kept import digest
 from dynq.folder import RunFolder, content_hash
 from dynq.text import labels, load_text, text_files
 from dynq.torch_model import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,16 @@ class Text:
 
 
 class Original:
-    """The original model: its text and its log-probabilities, made when they are first needed."""
+    """The original model: its text and its log-probabilities, made when they are first needed.
 
-    def __init__(self, checkpoint: Checkpoint, folder: RunFolder, device: str = "cpu"):
+    device: where it runs. cluster: whose workers compute the log-probabilities.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, folder: RunFolder, device: str = "cpu", cluster: Client | None = None):
         self.checkpoint = checkpoint
         self.folder = folder
         self.device = device
+        self._cluster = cluster
 
     @cached_property
     def model(self) -> Any:
@@ -95,6 +104,8 @@ class Original:
             return kld.open_reference(path)
         for old in self.folder.path.glob("reference-*"):
             old.unlink()  # vocabulary x tokens x 2 bytes: by far the largest files here
+        if self._cluster:
+            return precision.reference_by_workers(self._cluster, self.checkpoint, text.tokens, path)
         return kld.make_reference(self.model, text.tokens, path, desc="original")
 
     def release(self) -> None:

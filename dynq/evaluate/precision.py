@@ -6,17 +6,30 @@ floor is below 2 % of the divergence that is reported. The residual stream, norm
 a model that is bfloat16 throughout has a floor four to six times as high.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial, reduce
+from itertools import chain
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dynq import layerwise
+from dynq import layerwise, memory
+from dynq.checkpoint import Checkpoint
+from dynq.cluster import held, tasks
 from dynq.evaluate import kld
+from dynq.torch_model import load_model
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 SHARE = 0.02  # of the reported KLD, at most
 SAMPLE_CHUNKS, SAMPLE_TOKENS = 2, 64  # the floor's mean over them is right to about a tenth
@@ -93,31 +106,128 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(native)
 
 
+class _Here:
+    """A model at hand."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._coarse: Bfloat16Products | None = None
+
+    def floor(self, base: kld.Base) -> float | None:
+        """Of bfloat16, in nats; None where it is not tried."""
+        if self.model.device.type != "cpu" or not has_bfloat16() or layerwise.reader(self.model):
+            return None
+        return _floor(self.model, self._products(), base.tokens)
+
+    def measure(self, base: kld.Base, skip: int, chunks: int | None, coarse: bool, desc: str) -> kld.TokenScores:
+        """As `kld.measure`; coarse: in bfloat16."""
+        if not coarse:
+            self.clear()
+        with self._products() if coarse else nullcontext():
+            return kld.measure(self.model, base, skip=skip, chunks=chunks, desc=desc)
+
+    def _products(self) -> Bfloat16Products:
+        self._coarse = self._coarse or Bfloat16Products(self.model)
+        return self._coarse
+
+    def clear(self) -> None:
+        """Give copies of weights back."""
+        self._coarse = None
+
+
+class _ByWorkers:
+    """The same by a cluster, whose workers read the model, once each, and share the chunks."""
+
+    def __init__(self, cluster: Client, config: Checkpoint, weights: Checkpoint):
+        self._cluster, self._models = cluster, (config, weights)
+
+    def floor(self, base: kld.Base) -> float | None:
+        return next(tasks(partial(_floor_there, *self._models), [base], self._cluster))
+
+    def measure(self, base: kld.Base, skip: int, chunks: int | None, coarse: bool, desc: str) -> kld.TokenScores:
+        rows = range(skip, len(base.tokens) if chunks is None else chunks)
+        parts = batches(self._models[0], rows, self._cluster)
+        there = partial(_measured_there, *self._models, base, coarse)
+        found = tasks(there, parts, self._cluster, total=len(parts), desc=desc, unit="batch")
+        return reduce(_joined, found)
+
+    def clear(self) -> None:
+        pass
+
+
+def batches(checkpoint: Checkpoint, rows: range, cluster: Client) -> list[range]:
+    """Chunks for each task: two, as in one process, or as few tasks as there are threads where each has to read the
+    model's layers anew."""
+    whole = next(tasks(memory.fits, [checkpoint], cluster))
+    step = 2 if whole else -(-len(rows) // max(1, sum(cluster.nthreads().values())))
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+_alone = Lock()  # layers are read into one place
+
+
+def _there(config: Checkpoint, weights: Checkpoint) -> _Here:
+    return held(("evaluate", config, weights), lambda: _Here(load_model(config, read=weights.read)))
+
+
+def reference_by_workers(cluster: Client, checkpoint: Checkpoint, tokens: np.ndarray, path: Path) -> kld.Reference:
+    """`kld.make_reference` of a checkpoint, by the workers of a cluster; written here."""
+    first, n_vocab = tokens.shape[1] // 2, checkpoint.tensors["token_embd.weight"].shape[0]
+    parts = [tokens[rows.start : rows.stop] for rows in batches(checkpoint, range(len(tokens)), cluster)]
+    there = partial(_depths_there, checkpoint, first)
+    found = tasks(there, parts, cluster, total=len(parts), desc="original", unit="batch")
+    return kld.keep_depths(chain.from_iterable(found), tokens, first, n_vocab, path)
+
+
+def _depths_there(checkpoint: Checkpoint, first: int, tokens: np.ndarray) -> list[np.ndarray]:
+    here = _there(checkpoint, checkpoint)
+    with _alone if layerwise.reader(here.model) else nullcontext():
+        return [kld.depth_of(log_p) for log_p in kld.log_probabilities(here.model, tokens, first, desc="")]
+
+
+def _floor_there(config: Checkpoint, weights: Checkpoint, base: kld.Base) -> float | None:
+    return _there(config, weights).floor(base)
+
+
+def _measured_there(
+    config: Checkpoint, weights: Checkpoint, base: kld.Base, coarse: bool, rows: range
+) -> kld.TokenScores:
+    here = _there(config, weights)
+    with _alone if layerwise.reader(here.model) else nullcontext():
+        return here.measure(base, rows.start, rows.stop, coarse, "")
+
+
 def measure(model: Any, base: kld.Base, *, desc: str = "evaluate") -> tuple[kld.TokenScores, Arithmetic]:
     """What `kld.measure` gives, in bfloat16 where its floor allows it, and what was computed in.
 
     model: float32, as `load_model` gives it. On another device than the CPU, on a processor without bfloat16, and
     where layers are read one by one, everything is float32.
     """
-    if model.device.type != "cpu" or not has_bfloat16() or layerwise.reader(model):
-        return kld.measure(model, base, desc=desc), Arithmetic("float32", None)
-    coarse = Bfloat16Products(model)
-    floor = _floor(model, coarse, base.tokens)
+    return _measure(_Here(model), base, desc)
 
-    def allowed(scores: kld.TokenScores) -> bool:
-        return floor < SHARE * float(scores.kld.mean())
 
+def measure_by_workers(
+    cluster: Client, config: Checkpoint, weights: Checkpoint, base: kld.Base, *, desc: str = "evaluate"
+) -> tuple[kld.TokenScores, Arithmetic]:
+    """`measure` of the model of one checkpoint with the weights of another, by the workers of a cluster."""
+    return _measure(_ByWorkers(cluster, config, weights), base, desc)
+
+
+def _measure(where: _Here | _ByWorkers, base: kld.Base, desc: str) -> tuple[kld.TokenScores, Arithmetic]:
+    floor = where.floor(base)
+    if floor is None:
+        return where.measure(base, 0, None, False, desc), Arithmetic("float32", None)
+    more = len(base.tokens) > 1
     try:
-        with coarse:
-            scores = kld.measure(model, base, chunks=1, desc="" if len(base.tokens) > 1 else desc)
-            if allowed(scores):  # files of many bits mostly end here
-                if len(base.tokens) > 1:
-                    scores = _joined(scores, kld.measure(model, base, skip=1, desc=desc))
-                if allowed(scores):
-                    return scores, Arithmetic("bfloat16", floor)
+        scores = where.measure(base, 0, 1, True, "" if more else desc)
+        if floor < SHARE * float(scores.kld.mean()):  # files of many bits mostly end here
+            if more:
+                scores = _joined(scores, where.measure(base, 1, None, True, desc))
+            if floor < SHARE * float(scores.kld.mean()):
+                return scores, Arithmetic("bfloat16", floor)
     finally:
-        coarse.clear()
-    return kld.measure(model, base, desc=desc), Arithmetic("float32", floor)
+        where.clear()
+    return where.measure(base, 0, None, False, desc), Arithmetic("float32", floor)
 
 
 def _joined(first: kld.TokenScores, rest: kld.TokenScores) -> kld.TokenScores:

@@ -66,6 +66,7 @@ function render({ model, el }) {
       else rows[i].bar.removeAttribute("value");
     });
     folder.textContent = `run folder ${place}`;
+    if (running && job.dashboard) folder.append(element("a", { href: job.dashboard, target: "_blank", rel: "noreferrer" }, "the cluster's dashboard"));
     cancel.disabled = !running;
     said.textContent = job ? job.said : "no job yet";
     said.dataset.state = job?.state ?? "";
