@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,13 @@ recipe_app = typer.Typer(
 app.add_typer(recipe_app, name="recipe")
 
 YES = "Go on where memory or disk are reckoned not to suffice."
+
+Scheduler = Annotated[
+    str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
+]
 
 EXAMPLES = """
 Examples:
@@ -87,12 +96,8 @@ def run(
         typer.Option(help="Where the model is computed: cpu, cuda, cuda:1, or auto: one card or all. Default: cpu."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
-    ] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
     ] = None,
@@ -141,10 +146,8 @@ def run(
         print(f"dynq: {note}", file=sys.stderr)
     reckon.of_run(checkpoint, {task.step: task.parameters for task in tasks}, folder).tell(sys.stderr, yes=yes)
     try:
-        evaluation = runner.execute(tasks, folder, workers=workers or 0)
-    except KeyboardInterrupt:
-        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+        with _interruptible():
+            evaluation = runner.execute(tasks, folder, workers=workers or 0)
     except runner.RunFailed as error:
         print(f"dynq: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -195,11 +198,8 @@ def sweep(
     if any(not step.startswith("run.") for step in folder.state["steps"]):
         raise DynqError(f"{out}: the folder of a single run; choose another --out")
     sweeping.reckoned(asked, folder).tell(sys.stderr, yes=yes)
-    try:
+    with _interruptible():
         result = sweeping.run_sweep(asked, folder)
-    except KeyboardInterrupt:
-        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
     folder.write_json("sweep.json", result)
     write_sweep_report(folder, result)
     print(_json(result) if as_json else sweeping.summary(result, folder))
@@ -295,12 +295,8 @@ def evaluate(
         str, typer.Option(help="Where the models are computed: cpu, cuda, cuda:1, or auto: one card or all.")
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
-    ] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
     ] = False,
@@ -343,38 +339,29 @@ def evaluate(
     asked = Asked(mmlu or "", mmlu_limit, greedy, where, in_engine)
     check_device(device)
     _check_one(scheduler, workers, device)
-    try:
-        with joined(scheduler, workers) as cluster:
-            if logits is not None:
-                evaluation = measure.against_logits(
-                    logits.expanduser(), paths, folder, in_engine=in_engine, device=device, cluster=cluster
-                )
-            else:
-                original = open_checkpoint(files[0], allow_requantize)
-                settings: dict[str, Any] = {
-                    "text": text or "",
-                    "n_ctx": ctx_size,
-                    "n_chunks": chunks,
-                    "threads": threads,
-                }
-                reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
-                reckoned.tell(sys.stderr, yes=yes)
-                evaluation = measure.against_original(
-                    original,
-                    paths,
-                    folder,
-                    seed=seed,
-                    with_mixes=mixes,
-                    imatrix=imatrix,
-                    write_logits=write_logits,
-                    asked=asked,
-                    **settings,
-                    device=device,
-                    cluster=cluster,
-                )
-    except KeyboardInterrupt:
-        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with _interruptible(), joined(scheduler, workers) as cluster:
+        if logits is not None:
+            evaluation = measure.against_logits(
+                logits.expanduser(), paths, folder, in_engine=in_engine, device=device, cluster=cluster
+            )
+        else:
+            original = open_checkpoint(files[0], allow_requantize)
+            settings: dict[str, Any] = {"text": text or "", "n_ctx": ctx_size, "n_chunks": chunks, "threads": threads}
+            reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
+            reckoned.tell(sys.stderr, yes=yes)
+            evaluation = measure.against_original(
+                original,
+                paths,
+                folder,
+                seed=seed,
+                with_mixes=mixes,
+                imatrix=imatrix,
+                write_logits=write_logits,
+                asked=asked,
+                **settings,
+                device=device,
+                cluster=cluster,
+            )
     folder.write_json("evaluation.json", evaluation)
     write_files_report(folder, evaluation)
     print(_json(evaluation) if as_json else measure.summary(evaluation, folder))
@@ -459,6 +446,15 @@ def apply(
         )
     for name, (wanted, written) in made["fallbacks"].items():
         print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("dynq: interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _check_one(scheduler: str | None, workers: int | None, device: str | None) -> None:

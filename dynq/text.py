@@ -171,7 +171,8 @@ def sample_chats(
     encoded = [prompt[: max_tokens // 2] for prompt in encoded]
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    parts = 2 * -(-len(order) // (2 * _BATCH))  # an even number, of one size: two threads end together
+    # an even number, of one size: two threads end together; a card takes all at once
+    parts = 2 * -(-len(order) // (2 * _BATCH)) if model.device.type == "cpu" else 1
     batches = [part.tolist() for part in np.array_split(order, parts) if len(part)]
     seeds = torch.randint(1 << 62, (len(batches),), generator=generator).tolist()
     chats: list[list[int]] = [[] for _ in encoded]
