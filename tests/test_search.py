@@ -133,9 +133,9 @@ def run(tmp_path_factory):
     """Checkpoint, model, tokens, a calibrated folder and its table."""
     checkpoint = open_checkpoint("dynq-tiny")
     model = load_model(checkpoint)
-    text = load_text("sampled", load_tokenizer(checkpoint), n_ctx=64, n_chunks=9, seed=3, model=model)
+    text = load_text("sampled", load_tokenizer(checkpoint), n_ctx=64, n_chunks=18, seed=3, model=model)
     folder = tmp_path_factory.mktemp("run")
-    importance = calibrate(checkpoint, model, text.tokens, folder, keep=256, source="test")
+    importance = calibrate(checkpoint, model, text.tokens, folder, keep=512, source="test")
     table = sensitivity(checkpoint, folder, importance, FORMATS, threads=1)
     return checkpoint, text.tokens, folder, table
 
@@ -152,7 +152,7 @@ def test_estimate_at_the_quantized_model_against_measured_swaps(run, tmp_path):
     np.testing.assert_allclose(before, bench.measure(reference), rtol=1e-3)
     changes = [Option(fmt, 0, 0.0) for fmt in ("Q3_K", "Q5_K")]
     estimated, measured = [], []
-    # not the embedding: its cross-token factor rests on nine squares here
+    # not the embedding: its cross-token factor rests on eighteen squares here
     for name in [n for n in problem.options if ".0." in n]:
         costs = bench.costs(name, changes, gradients[name])
         assert costs.pop("Q4_K") == 0.0
@@ -189,7 +189,7 @@ def searched(run, tmp_path_factory):
     def search(folder, **options):
         own = options.pop("start", start)
         importance = read_imatrix(folder / "imatrix.gguf")
-        args = checkpoint, load_model(checkpoint), problem, own, importance, tokens, folder, "t"
+        args = checkpoint, load_model(checkpoint), problem, own, importance, tokens[:9], folder, "t"
         return improve(*args, **{"seconds": 1e9, "threads": 1, "max_tried": 7} | options)
 
     own = tmp_path_factory.mktemp("searched") / "run"
