@@ -101,16 +101,20 @@ def test_calibration_on_a_full_disk_goes_on(small_disk, calibrated):
 
 def test_a_full_disk_is_one_line_of_the_command(small_disk):
     (small_disk / "filler").write_bytes(bytes(3 << 20))
-    one_line(dynq_command(*ARGUMENTS, "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full")
+    one_line(
+        dynq_command(*ARGUMENTS, "--yes", "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full"
+    )
     with contextlib.suppress(OSError), (small_disk / "filler").open("r+b") as file:
         file.truncate((3 << 20) - (64 << 10))  # room to begin with, and not to end
-    one_line(dynq_command(*ARGUMENTS, "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full")
+    one_line(
+        dynq_command(*ARGUMENTS, "--yes", "--out", small_disk / "run"), str(small_disk / "run"), "the disk is full"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     one_line(
-        dynq_command(*ARGUMENTS, "--out", small_disk / "run"),
+        dynq_command(*ARGUMENTS, "--yes", "--out", small_disk / "run"),
         f"{small_disk}/run: cannot be written to (Read-only file system); choose another folder",
     )
 

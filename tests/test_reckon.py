@@ -131,7 +131,7 @@ def test_a_full_disk_is_refused_and_yes_goes_on(
     usage = namedtuple("usage", "total used free")
     asked = []
     monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(path) or usage(10**9, 10**9, 1000))
-    monkeypatch.setattr(runner, "execute", lambda tasks, folder: {"went": "on"})
+    monkeypatch.setattr(runner, "execute", lambda tasks, folder, workers: {"went": "on"})
     command = ["dynq", "run", "dynq-tiny", "--target", "3bpw", "--out", str(tmp_path / "a" / "run"), "--json"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as refused:

@@ -179,14 +179,14 @@ def test_prediction_meets_measurement(tiny, tokens, folder):
     checkpoint, model = tiny
     table = read_table(folder)
     assert table.schema.equals(SCHEMA) and len(table) == 85 * len(FORMATS)
-    rows = sample_swaps(table, 16, seed=1, among=FORMATS)
+    rows = sample_swaps(table, 32, seed=1, among=FORMATS)
     assert len({table["kind"][i].as_py() for i in rows}) == 8
     reference = kld.make_reference(model, tokens, folder / "swaps", first=0, desc="")
     before = {n: p.clone() for n, p in model.named_parameters()}
     table = measure_swaps(checkpoint, model, folder, table, rows, reference, read_imatrix(folder / "imatrix.gguf"))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # put back
     result = agreement(table)
-    assert result["n"] == 16
+    assert result["n"] == 32
     assert min(result["rank"].values()) > 0.9
     ratios = [r["predicted_kld"] / r["measured_kld"] for r in table.to_pylist() if r["measured_kld"]]
     assert 0.8 < np.median(ratios) < 1.25
