@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TextIO
 
 import psutil
 
-from dynq import reckon
 from dynq import run as runner
 from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe, sign
@@ -250,6 +249,8 @@ def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task])
     end = {"state": "done"}
     try:
         if check:
+            from dynq import reckon  # imports torch
+
             runner.check_sizes(check, checkpoint := runner.opened(check))
             steps = {task.step: task.parameters for task in check}
             reckon.of_run(checkpoint, steps, folder).tell(sys.stderr, yes=True)  # nobody is there to say yes
