@@ -41,7 +41,7 @@ def encode(
 def quantize_tensor(
     checkpoint: Checkpoint, name: str, fmt: str, importance: Importance | None, level: str, threads: int | None
 ) -> np.ndarray:
-    return _encoded(checkpoint, level, threads, (name, fmt, importance_of(checkpoint, name, importance)))
+    return quantized(checkpoint, name, fmt, importance_of(checkpoint, name, importance), level, threads)
 
 
 def importance_of(checkpoint: Checkpoint, name: str, importance: Importance | None) -> np.ndarray | None:

@@ -230,13 +230,8 @@ class _Blocks:
 
     def _offsets(self) -> torch.Tensor:
         """What dmin adds to the weights of each group: float32 [rows, blocks, groups of a block]."""
-        form = scales.grid(self.fmt)
-        assert form is not None
-        bare = self.data.copy()
-        values = halves.get(self.fmt, self._flat(bare))
-        values[0] = 0
-        halves.put(self.fmt, self._flat(bare), values)
-        added = codec.dequantize(bare, self.fmt).reshape(-1)[:: form.group]
+        _, dmin, _, lm = scales.read(self.fmt, self._flat(self.data))
+        added = -(dmin * lm).T
         return torch.from_numpy(np.ascontiguousarray(added)).to(self.m.device).view(*self.m.shape[1:], -1)
 
     def _blocks(self, values: Any) -> Any:
