@@ -37,7 +37,7 @@ class Latent:
         """data uint8 [..., row_bytes], weights float32 [rows, n]: the original."""
         form = scales.grid(fmt)
         assert form is not None and movable(fmt)
-        self.form, self.device = form, device
+        self.form = form
         rows, n = weights.shape
         d, dmin, ls, lm = scales.read(fmt, data.reshape(rows * n // form.block, -1))
         step, offset = ((x * y).T.reshape(rows, n // form.group) for x, y in ((d, ls), (-dmin, lm)))

@@ -65,8 +65,8 @@ def feed_back(
     modules = {} if reader(model) else _modules(checkpoint, model)
     unread = "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
     fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
-    each = 2 * len(set(domains)) * _BYTES
-    sizes = {name: each * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
+    entry = 2 * len(set(domains)) * _BYTES
+    sizes = {name: entry * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
     device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
     function = partial(_encoded, checkpoint, guard, 1 if cluster else threads, "cpu" if cluster else device)

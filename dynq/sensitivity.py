@@ -189,14 +189,14 @@ def _tensor_rows(
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
     head_samples = fisher.samples(HEAD, device) if is_head else None
     rows = []
-    for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
-        if mean is None and formats.get(fmt).needs_importance:
-            continue
-        data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
-        decoded = codec.dequantize(data, fmt, threads=threads)
-        error = parameter_error(architecture, name, decoded - weight, shape).to(device)
-        total, spread = 0.0, 0.0
-        with one_thread_each(threads) if device == "cpu" else nullcontext() as workers:
+    with one_thread_each(threads) if device == "cpu" else nullcontext() as workers:
+        for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
+            if mean is None and formats.get(fmt).needs_importance:
+                continue
+            data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
+            decoded = codec.dequantize(data, fmt, threads=threads)
+            error = parameter_error(architecture, name, decoded - weight, shape).to(device)
+            total, spread = 0.0, 0.0
             if name != HEAD:
                 value, deviation = quadratic_form(error, samples, workers)
                 total, spread = factor * value, factor * deviation
@@ -204,20 +204,20 @@ def _tensor_rows(
                 own = torch.from_numpy(weight).to(device)
                 value, deviation = head_divergence(own, error, head_samples, architecture.logits, workers)
                 total, spread = total + value, float(np.hypot(spread, deviation))
-        size = formats.tensor_bytes(fmt, info.shape)
-        rows.append(
-            {
-                "tensor": name,
-                "kind": info.kind,
-                "format": fmt,
-                "bytes": size,
-                "bpw": 8 * size / info.n_weights,
-                "predicted_kld": total / fisher.tokens,
-                "predicted_error": spread / fisher.tokens,
-                "weighted_error": codec.weighted_error(weight, decoded, mean),
-                "last": 0,
-            }
-        )
+            size = formats.tensor_bytes(fmt, info.shape)
+            rows.append(
+                {
+                    "tensor": name,
+                    "kind": info.kind,
+                    "format": fmt,
+                    "bytes": size,
+                    "bpw": 8 * size / info.n_weights,
+                    "predicted_kld": total / fisher.tokens,
+                    "predicted_error": spread / fisher.tokens,
+                    "weighted_error": codec.weighted_error(weight, decoded, mean),
+                    "last": 0,
+                }
+            )
     if not rows:
         raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
     rows[-1]["last"] = len(rows)
