@@ -304,7 +304,7 @@ def sampled(shape: Shape, step: str, tokens: int, n_ctx: int, *, at_once: int = 
 def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine) -> Need:
     """Forward, backward, samples.
 
-    Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 24 x the largest
+    Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
     matrix in a layer. Disk: keep x (2 bytes a value + 24 an input) + 8 bytes an input channel, expert and sequence,
     where q, k and v have one input, gate and up too; in passing, streamed, 4 (layers + 1) T width. 6 P T operations;
     seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
@@ -312,7 +312,7 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     tokens, streamed = chunks * n_ctx, shape.streamed(machine.memory)
     share = 1 / shape.layers if streamed else 1
     side_by_side = min(machine.threads, chunks)
-    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 24 * shape.probed
+    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.probed
     inputs = {p.reads: p for p in shape.products}.values()
     channels = sum(p.n_in * p.experts for p in inputs)
     kept = keep * (sum(2 * p.rows for p in shape.products) + sum(2 * p.n_in + 24 for p in inputs))

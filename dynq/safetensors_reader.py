@@ -347,8 +347,10 @@ class Directory:
     def read_matrix(self, name: str, i: int) -> np.ndarray:
         """The i-th matrix of a stack, as `read` gives them all."""
         slot = self._slots[name]
-        if slot.parameter in self._found:
-            return slot.take(_finite(self._found[slot.parameter].one(i), name))[0]
+        if whole := self._found.get(slot.parameter):
+            if len(whole.shape) < 3:  # stacked in GGUF alone, as the heads of DeepSeek's kv_b are
+                return self.read(name)[i]
+            return slot.take(_finite(whole.one(i), name))[0]
         part = self._found[self._names(slot)[i]]
         _check_shape(part, self.shapes[name][1:], f"the stack {name}")
         return _finite(part, name)
