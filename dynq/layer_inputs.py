@@ -306,12 +306,13 @@ def _on_card(modules: Mapping[str, torch.nn.Linear], domains: int) -> bool:
     return all(card.type == "cuda" and 2 * most < free(card) for card in cards)
 
 
-def kept_aside(domains: Sequence[str]) -> np.ndarray:
+def kept_aside(domains: Sequence[str], most: int | None = None) -> np.ndarray:
     """bool ``[n_chunks]``: whether a chunk is one of those that judge: the last of every `ASIDE` of its domain, or the
-    last of two or three."""
+    last of two or three; of a domain no more than `most`."""
     labels = np.array(domains)
     aside = np.zeros(len(labels), bool)
     for domain in dict.fromkeys(domains):
         own = np.flatnonzero(labels == domain)
-        aside[own[ASIDE - 1 :: ASIDE] if len(own) >= ASIDE or len(own) == 1 else own[-1:]] = True
+        judges = own[ASIDE - 1 :: ASIDE] if len(own) >= ASIDE or len(own) == 1 else own[-1:]
+        aside[judges[:most]] = True
     return aside

@@ -17,10 +17,7 @@ be written. The best state is returned, and the bytes as they came where that ga
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
+from dynq.teacher import Teacher
 from dynq.torch_model import device_of, load_model, set_tensor
 
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -53,6 +51,7 @@ WARMUP = 5  # steps of growing length: Adam's first ones are as long for small g
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
 HALVINGS = 2  # before the search ends
+JUDGES = 2  # chunks of a domain: they only choose among a few states, on the same tokens
 LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
 
 
@@ -84,7 +83,6 @@ def tune(
     passes: int = 10,
     rate: float = RATE,
     codes: float = CODES,
-    folder: Path | None = None,
 ) -> Tuned:
     """Tune the scales of an encoded model.
 
@@ -94,40 +92,21 @@ def tune(
         tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
         batch: chunks a step; passes: over the tokens, at most; rate: of multipliers, codes: of latent numbers, see the
             module; 0: the codes stay.
-        folder: for the original's log-probabilities, 2 bytes for each position and token of the vocabulary, in its
-            ``teacher/`` (emptied first); the system's temporary folder by default.
 
-    In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
-    one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32) for multipliers and what Adam keeps,
-    twice that and 6 % more where there are offsets; where codes move, the model `COPIES` times in all. The same input
-    gives the same bytes for the same seed and number of threads, on a CPU. With MKL (x86) the number does not count as
-    long as it is a power of two: torch's activations round the last few elements of a thread's share otherwise, and
-    such shares have none.
-    DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite, the disk is full.
+    In memory at most: the teacher and what its head reads (`Teacher`), the float32 model that is tuned, the gradient of
+    its largest tensor, activations of one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32)
+    for multipliers and what Adam keeps, twice that and 6 % more where there are offsets; where codes move, the model
+    `COPIES` times in all. The same input gives the same bytes for the same seed and number of threads, on a CPU. With
+    MKL (x86) the number does not count as long as it is a power of two: torch's activations round the last few elements
+    of a thread's share otherwise, and such shares have none.
+    DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
-    with _place(folder) as place:
-        fit = kld.make_reference(teacher, tokens, Path(place, "fit"), first=0, desc="teacher")
-        judge = kld.make_reference(teacher, aside, Path(place, "aside"), first=0, desc="teacher, kept aside")
-        return _Search(checkpoint, device_of(teacher), tensors, fit, judge, rate, codes).run(seed, batch, passes)
-
-
-@contextmanager
-def _place(folder: Path | None) -> Iterator[Path]:
-    """A folder that goes when it is no longer needed; what a killed process left in it goes before."""
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="dynq-") as name:
-            yield Path(name)
-        return
-    place = folder / "teacher"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    try:
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    fit = Teacher(checkpoint, teacher, tokens, "teacher")
+    judge = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
+    return _Search(checkpoint, device_of(teacher), tensors, fit, judge, rate, codes).run(seed, batch, passes)
 
 
 def tuned(
@@ -141,12 +120,11 @@ def tuned(
     passes: int,
     codes: bool,
     report: Path,
-    folder: Path | None = None,
 ) -> Stream:
     """What `encoded` gives for the chosen formats, tuned; a source for `dynq.export.export`.
 
-    tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them judge, and without any of those nothing
-    is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
+    tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them, `JUDGES` of a domain at most, judge,
+    and without any nothing is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
     codes: whether codes move too, which they do only where memory holds the model `COPIES` times more.
     report: a JSON file that gets kld (before, after), steps, tuned, codes and history, see `Tuned`, or reason.
     """
@@ -155,13 +133,11 @@ def tuned(
         yield from encoded(chosen)
         return
     tensors = {name: (fmt, data) for name, fmt, data in encoded(chosen)}
-    aside = kept_aside(domains)
+    aside = kept_aside(domains, JUDGES)
     told: dict[str, Any]
     if aside.any() and not aside.all():
         rate = CODES if codes and fits(checkpoint, device_of(teacher), copies=COPIES) else 0.0
-        found = tune(
-            checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate, folder=folder
-        )
+        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate)
         tensors = found.tensors
         told = {
             "kld": found.kld,
@@ -300,8 +276,8 @@ class _Search:
         checkpoint: Checkpoint,
         device: str,
         tensors: Tensors,
-        fit: kld.Reference,
-        aside: kld.Reference,
+        fit: Teacher,
+        aside: Teacher,
         rate: float,
         codes_rate: float,
     ):
@@ -436,12 +412,12 @@ class _Search:
             b.m.grad.zero_()
             if b.latent is not None:
                 b.latent.z.grad.zero_()
-        loss, n = 0.0, len(chunks) * self.fit.scored
+        loss, n = 0.0, len(chunks) * (self.fit.tokens.shape[1] - 1)
         for chunk in chunks:
             ids = torch.from_numpy(self.fit.tokens[[chunk]].astype(np.int64)).to(self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
             with torch.no_grad():
-                log_p = self.fit.coded(int(chunk)).log_probs(logits.device)
+                log_p = self.fit.log_probs(int(chunk)).to(logits.device)
                 log_q = kld.log_softmax(logits)
                 p = log_p.exp()
                 loss += float((p * (log_p - log_q)).sum()) / n

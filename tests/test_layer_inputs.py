@@ -170,3 +170,8 @@ def test_inputs_are_in_the_order_of_columns(tmp_path, monkeypatch) -> None:
 )
 def test_every_domain_of_two_chunks_has_one_that_judges(domains, aside) -> None:
     assert np.flatnonzero(layer_inputs.kept_aside(list(domains))).tolist() == aside
+
+
+def test_no_more_are_kept_aside_of_a_domain_than_asked():
+    found = layer_inputs.kept_aside(list("aaaaaaaaaaaaabb"), 2)
+    assert np.flatnonzero(found).tolist() == [3, 7, 14]

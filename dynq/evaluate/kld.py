@@ -101,9 +101,13 @@ class Reference:
         return None
 
     def coded(self, chunk: int) -> Coded:
-        """Rounded to 16 bits, so they are to be normalised again."""
-        zero = np.zeros(self.scored, np.float32)
-        return Coded(self.depth[chunk], zero - STEP, zero, normalise=True)
+        return coded(self.depth[chunk])
+
+
+def coded(depth: np.ndarray) -> Coded:
+    """What `depth_of` gives: rounded to 16 bits, so the log-probabilities are to be normalised again."""
+    zero = np.zeros(len(depth), np.float32)
+    return Coded(depth, zero - STEP, zero, normalise=True)
 
 
 @torch.inference_mode()
