@@ -37,7 +37,7 @@ Workers = Annotated[
 EXAMPLES = """
 Examples:
 
-  dynq run dynq-tiny --target 3.5bpw --out runs/demo
+  dynq run dynq-tiny --target 3.5bpw --quick --out runs/demo
 
   dynq run Qwen/Qwen3-0.6B --target 3.5bpw --target like:Q4_K_M --out runs/qwen
 
@@ -101,6 +101,9 @@ def run(
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE, any parameter of the notebooks. Several allowed.")
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look: less text, no error feedback, no tuning. -p still counts.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Take a folder made with other parameters; make anew what they change.")
     ] = False,
@@ -137,9 +140,8 @@ def run(
     if folder.path.exists() and not folder.path.is_dir():
         raise DynqError(f"{out}: a file, not a folder; choose another --out")
     texts = dict(_split(item) for item in parameter or [])
-    tasks = runner.plan(
-        _model(model), target, folder, {name: value for name, value in given.items() if value is not None}, texts
-    )
+    values = (runner.QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
+    tasks = runner.plan(_model(model), target, folder, values, texts)
     from dynq import reckon  # imports torch
 
     for note in runner.check_sizes(tasks, checkpoint := runner.opened(tasks)):

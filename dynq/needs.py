@@ -372,10 +372,10 @@ def export(
 
     size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
     8 D x row^2 summed over its products (2/3 of `layer_inputs.BUDGET` at most) + (16 D + 60) x the largest row^2;
-    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward; 4 N (1 + `tune.COPIES`) in place
-    of 8.7 N where codes move, for which there must be room. Disk: the file; in passing its parts, and 2 V T of the
-    teacher. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for
-    each of 5 tries and D guards; tuning 6 P T a pass. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
+    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the teacher; 4 N
+    (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. Disk: the file; in passing its
+    parts. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for each
+    of 5 tries and D guards; tuning 6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
     move.
     """
     streamed = shape.streamed(machine.memory) or not shape.known
@@ -397,15 +397,16 @@ def export(
         room = memory.for_weights(machine.memory - F32 * shape.n - size)
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        held = max(held, copies * shape.n + 2 * size + F32 * shape.largest + activations)
-        flops += (2 + 6 * tune) * shape.active * tokens
+        taught = F32 * tokens * shape.width
+        held = max(held, copies * shape.n + 2 * size + F32 * shape.largest + activations + taught)
+        flops += (2 + 6 * tune) * shape.active * tokens + 2 * tune * shape.vocab * shape.width * tokens
         spent += (2 + 3 * tune) * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
         spent += tune * ceil(chunks / 2) * shape.n * (COMPARED / 2 + (MOVED if codes else 0))
     return Need(
         step,
         memory=held,
         kept=size,
-        passing=(size if fed_back else 0) + (2.0 * shape.vocab * tokens if tune else 0),
+        passing=size if fed_back else 0,
         read=shape.stored * (1 + (fed_back or tune > 0)) + 2 * size,
         flops=flops,
         spent=spent,

@@ -9,7 +9,11 @@ import time
 
 import pytest
 from conftest import ARGUMENTS, dynq_command
+from typer.testing import CliRunner
 
+from dynq import run as runner
+from dynq.cli import app
+from dynq.errors import DynqError
 from dynq.formats import FORMATS
 
 RUN = ("run", "dynq-tiny", "--target", "3bpw")
@@ -18,7 +22,7 @@ RUN = ("run", "dynq-tiny", "--target", "3bpw")
 def test_help_has_examples():
     done = dynq_command("run", "--help", COLUMNS="100")
     assert done.returncode == 0
-    assert "dynq run dynq-tiny --target 3.5bpw --out runs/demo" in done.stdout
+    assert "dynq run dynq-tiny --target 3.5bpw --quick --out runs/demo" in done.stdout
     assert "--search 10min" in done.stdout
     for option in (
         "--text",
@@ -34,6 +38,22 @@ def test_help_has_examples():
         "--json",
     ):
         assert option in done.stdout
+
+
+def test_quick_is_less_of_everything_but_what_is_asked_for(tmp_path, monkeypatch):
+    seen = []
+
+    def execute(tasks, folder, **settings):
+        seen.append({name: value for task in tasks for name, value in task.parameters.items()})
+        raise DynqError("enough")
+
+    monkeypatch.setattr(runner, "execute", execute)
+    for more in ((), ("--quick", "-p", "n_chunks=5")):
+        command = ["run", "dynq-tiny", "--target", "3bpw", "--yes", "--out", str(tmp_path / "run"), *more]
+        assert isinstance(CliRunner().invoke(app, command).exception, DynqError)
+    whole, quick = seen
+    assert {name for name in whole if whole[name] != quick[name]} == set(runner.QUICK)
+    assert quick | runner.QUICK | {"n_chunks": 5} == quick and whole["encoding"] == "feedback"
 
 
 def test_formats():

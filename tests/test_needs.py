@@ -103,8 +103,8 @@ def test_export_by_hand() -> None:
     rows = [64 + 768, 128 + 768, 100 + 768]
     assert fed.flops == 2 * 30 * (P + squares) + sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows)
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
-    assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10)
-    assert tuned.passing == 2 * 100 * 30 and tuned.flops == 14 * P * 30
+    assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64)
+    assert tuned.passing == 0 and tuned.flops == 14 * P * 30 + 2 * 2 * 6400 * 30
     moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE, codes=True)
     assert moved.memory == pytest.approx(tuned.memory + (32 - 8.7) * N)  # the teacher, and seven copies
     assert moved.spent == pytest.approx(tuned.spent + 2 * 2 * N * needs.MOVED)

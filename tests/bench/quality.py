@@ -313,7 +313,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("model", help="as `dynq run` takes it; comes first")
-    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} and {QUICK_CHUNKS} chunks a domain")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"`dynq run --quick`, {', '.join(QUICK)}, {QUICK_CHUNKS} chunks a domain"
+    )
     parser.add_argument("--text", default="sampled", help="domains, commas between: .txt, chats .jsonl, or sampled")
     parser.add_argument("--chunks", type=int, help=f"of each domain, {CHUNKS} by default")
     parser.add_argument("--profile", default="all", help=f"cpu-arm: rows against {' and '.join(ARM)}")
@@ -330,7 +332,8 @@ def main() -> None:
     set_threads(args.threads)
     checkpoint = open_checkpoint(args.model)
     out = args.out or Path("runs") / f"quality-{file_safe(Path(args.model).name)}-{args.profile}"
-    bench = Bench(checkpoint, args.model, out, ["--profile", args.profile, *passed], args.threads)
+    quick = ["--quick"] if args.quick else []
+    bench = Bench(checkpoint, args.model, out, ["--profile", args.profile, *quick, *passed], args.threads)
 
     # a recipe's target is known only with its file, which needs the run's imatrix
     bench.make([f"like:{name}" for name in names] or ["like:Q4_K_M"], chunks)
