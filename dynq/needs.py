@@ -375,8 +375,8 @@ def export(
     tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the teacher; 4 N
     (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. Disk: the file; in passing its
     parts. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for each
-    of 5 tries and D guards; tuning 6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
-    move.
+    of 5 tries and D guards; tuning 6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2
+    a step of tuning, N MOVED where codes move.
     """
     streamed = shape.streamed(machine.memory) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
