@@ -11,7 +11,7 @@ from dynq.teacher import Teacher
 from dynq.torch_model import load_model
 
 
-@pytest.mark.parametrize("name", sorted(tiny_models.MODELS))
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gemma4", "granite", "cohere", "gpt-oss", "qwen35"])
 def test_answers_are_those_of_the_model(name, tmp_path):
     """Scales, soft caps, heads that are tied: whatever stands between the head and the answer."""
     checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "model"))
