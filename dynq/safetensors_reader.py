@@ -2,12 +2,15 @@
 
 Besides plain numbers two packings are read, in which large models are published: float8 with a scale for each tile of
 128 x 128 weights (DeepSeek V3: `weight`, `weight_scale_inv`), and MXFP4 (gpt-oss: `_blocks`, `_scales`).
+
+A tensor is read piece by piece on all cores: a thread reads a piece of the file, and a kernel decodes it and sees
+whether it is finite while it is in the core's cache. In memory is the result alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path, PureWindowsPath
@@ -23,18 +26,16 @@ from dynq.files import load_json, parse_json, taking_apart
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
 _LONGEST_HEADER = 1 << 25  # bytes; a hundred thousand tensors take 15 MB
-_PIECE = 1 << 22  # values that are read at once
+_PIECE = 1 << 19  # weights that a thread reads at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TILE = (128, 128)  # of float8 weights, where config.json does not say
-# OCP MX specification 1.0, section 5.3.3: the eight magnitudes of E2M1
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
-_E2M1 = np.concatenate([_E2M1, -_E2M1])
-_E8M0 = np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan))  # section 5.4.1
+_INFINITY = 0x7F800000  # its bits, and least of those of what is not finite
 
 
 class _Readable(Protocol):
-    """A parameter in a checkpoint: where it comes from (for messages), its shape, stored type and values as float32.
+    """A parameter in a checkpoint: where it comes from (for messages), its shape and stored type.
 
+    load: its values as float32, in `out` where that is given, and whether they are all finite.
     one: of a stack the i-th matrix, as a stack of one.
     """
 
@@ -44,7 +45,7 @@ class _Readable(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> str: ...
-    def load(self) -> np.ndarray: ...
+    def load(self, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]: ...
     def one(self, i: int) -> _Readable: ...
 
 
@@ -69,38 +70,44 @@ class _Stored:
     def one(self, i: int) -> _Stored:
         return replace(self, shape=(1, *self.shape[1:]), offset=self.offset + i * (self.n_bytes // self.shape[0]))
 
-    def raw(self) -> np.ndarray:
-        return np.fromfile(self.path, _TYPES[self.dtype], prod(self.shape), offset=self.offset).reshape(self.shape)
+    def raw(self, part: slice) -> np.ndarray:
+        """What is stored of a run of entries, in C order."""
+        dtype = np.dtype(_TYPES[self.dtype])
+        offset, count = self.offset + part.start * dtype.itemsize, part.stop - part.start
+        found = np.fromfile(self.path, dtype, count, offset=offset)
+        if len(found) < count:
+            raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
+        return found
 
-    def load(self) -> np.ndarray:
-        if self.dtype == "BF16":
-            return self._widened()
-        raw = self.raw()
-        if self.dtype == "F8_E4M3":
-            raw = _e4m3()[raw]
-        return raw.astype(np.float32, copy=False)
+    def load(self, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+        from dynq.kernels import floats, packed
 
-    def _widened(self) -> np.ndarray:
-        """BF16 is the upper half of a float32. Piece by piece, so that nothing but the result is ever in memory."""
-        wide = np.zeros(int(np.prod(self.shape, dtype=np.int64)), np.uint32)
-        upper = wide.view("<u2")[1::2]
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            for at in range(0, len(wide), _PIECE):
-                piece = np.fromfile(file, "<u2", min(_PIECE, len(wide) - at))
-                if not len(piece):
-                    raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
-                upper[at : at + len(piece)] = piece
-        return wide.view(np.float32).reshape(self.shape)
+        out = np.empty(self.shape, np.float32) if out is None else out
+        flat = out.reshape(-1)
+        bits, one = flat.view(np.uint32), np.ones((1, 1), np.float32)
+
+        def decode(part: slice) -> int:
+            raw = self.raw(part)
+            if self.dtype == "BF16":
+                return floats.decode_bf16(raw, bits[part])
+            if self.dtype == "F16":
+                return floats.decode_f16(raw.view(np.uint16), flat[part])
+            if self.dtype == "F8_E4M3":
+                return packed.decode_e4m3(raw[None], one, np.zeros(1, np.int64), len(raw), flat[None, part])
+            flat[part] = raw
+            return floats.largest_bits(bits[part])
+
+        return out, _filled(flat.size, 1, decode)
 
 
-def _e4m3() -> np.ndarray:
-    """Values of the 256 codes of float8 E4M3 (OCP OFP8: bias 7, no infinities, all ones is NaN)."""
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    size = np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
-    size[(code & 127) == 127] = np.nan
-    return np.where(code & 128, -size, size).astype(np.float32)
+def _filled(rows: int, n: int, decode: Callable[[slice], int]) -> bool:
+    """Whether all weights are finite, when `decode` has filled all runs of rows of n weights: of each it tells the bits
+    of the largest magnitude."""
+    from dynq import codec  # brings Numba; headers are read without it
+
+    largest: list[int] = []
+    codec.spread(lambda part: largest.append(decode(part)), rows, max(1, _PIECE // n), None)
+    return max(largest) < _INFINITY
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ class _Scaled:
     dtype = "F8_E4M3"
 
     def __post_init__(self) -> None:
+        if not all(type(side) is int and side > 0 for side in self.tile):
+            raise DynqError(f"{self.where} has tiles of {list(self.tile)} by config.json; fetch that again")
         if self.codes.dtype != self.dtype or self.scales.dtype not in _FLOATS:
             types = f"{self.codes.dtype} with scales in {self.scales.dtype}"
             raise DynqError(f"{self.where} is in {types}, which is not read; F8_E4M3 with scales in F32 or BF16 is")
@@ -134,12 +143,20 @@ class _Scaled:
     def one(self, i: int) -> _Scaled:
         return _Scaled(self.codes.one(i), self.scales.one(i), self.tile)
 
-    def load(self) -> np.ndarray:
-        values, scales = self.codes.load(), self.scales.load()
-        for axis, size in zip((-2, -1), self.tile, strict=True):
-            scales = np.repeat(scales, size, axis)
-        values *= scales[..., : values.shape[-2], : values.shape[-1]]
-        return values
+    def load(self, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+        from dynq.kernels import packed
+
+        out = np.empty(self.shape, np.float32) if out is None else out
+        scales, _ = self.scales.load()
+        *_, rows, n = self.shape
+        flat, tiles, row = out.reshape(-1, n), scales.reshape(-1, scales.shape[-1]), np.arange(out.size // n)
+        tile_rows = row // rows * scales.shape[-2] + row % rows // self.tile[0]
+
+        def decode(part: slice) -> int:
+            codes = self.codes.raw(slice(part.start * n, part.stop * n)).reshape(-1, n)
+            return packed.decode_e4m3(codes, tiles, tile_rows[part], min(n, self.tile[1]), flat[part])
+
+        return out, _filled(len(flat), n, decode)
 
 
 @dataclass(frozen=True)
@@ -174,11 +191,23 @@ class _Mxfp4:
     def one(self, i: int) -> _Mxfp4:
         return _Mxfp4(self.blocks.one(i), self.scales.one(i))
 
-    def load(self) -> np.ndarray:
-        codes = self.blocks.raw()
-        values = np.stack([_E2M1[codes & 15], _E2M1[codes >> 4]], axis=-1)
-        values *= _E8M0[self.scales.raw()][..., None, None]
-        return values.reshape(*self.blocks.shape[:2], -1).swapaxes(1, 2)
+    def load(self, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
+        from dynq.kernels import packed
+
+        experts, n, groups, _ = self.blocks.shape
+        values = np.empty((experts, n, 32 * groups), np.float32)
+        flat, both = values.reshape(-1, 32), values.reshape(-1, 32).view(np.uint64)
+
+        def decode(part: slice) -> int:
+            codes = self.blocks.raw(slice(16 * part.start, 16 * part.stop)).reshape(-1, 16)
+            tables = packed.pairs(), packed.powers()
+            return packed.decode_pairs(codes, self.scales.raw(part), *tables, both[part], flat[part])
+
+        finite = _filled(len(flat), 32, decode)
+        values = values.swapaxes(1, 2)
+        if out is not None:
+            out[...] = values
+        return values, finite
 
 
 def _check_shape(item: _Readable, wanted: tuple[int, ...], why: str) -> None:
@@ -337,11 +366,11 @@ class Directory:
         """One tensor, float32, in GGUF's layout. DynqError if it holds NaN or infinity."""
         slot = self._slots[name]
         if slot.parameter in self._found:
-            return slot.take(self._load(slot.parameter, name))
+            return slot.take(_finite(self._found[slot.parameter], name))
         out = np.empty(self.shapes[name], np.float32)
         for i, part in enumerate(self._names(slot)):
             _check_shape(self._found[part], out.shape[1:], f"the stack {name}")
-            out[i] = self._load(part, name)
+            _finite(self._found[part], name, out[i])
         return out
 
     def read_matrix(self, name: str, i: int) -> np.ndarray:
@@ -355,14 +384,12 @@ class Directory:
         _check_shape(part, self.shapes[name][1:], f"the stack {name}")
         return _finite(part, name)
 
-    def _load(self, part: str, name: str) -> np.ndarray:
-        return _finite(self._found[part], name)
 
-
-def _finite(item: _Readable, name: str) -> np.ndarray:
-    """Values of what is stored for a GGUF tensor. DynqError if it holds NaN or infinity."""
-    array = item.load()
-    check_finite(array, f"{item.where} ({name})")
+def _finite(item: _Readable, name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Values of what is stored for a GGUF tensor, in `out` if given. DynqError if it holds NaN or infinity."""
+    array, finite = item.load(out)
+    if not finite:
+        check_finite(array, f"{item.where} ({name})")
     return array
 
 
