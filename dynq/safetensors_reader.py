@@ -26,7 +26,7 @@ from dynq.files import load_json, parse_json, taking_apart
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
 _LONGEST_HEADER = 1 << 25  # bytes; a hundred thousand tensors take 15 MB
-_PIECE = 1 << 19  # weights that a thread reads at once
+_PIECE = 1 << 20  # weights that a thread reads at once
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TILE = (128, 128)  # of float8 weights, where config.json does not say
 _INFINITY = 0x7F800000  # its bits, and least of those of what is not finite
@@ -70,14 +70,15 @@ class _Stored:
     def one(self, i: int) -> _Stored:
         return replace(self, shape=(1, *self.shape[1:]), offset=self.offset + i * (self.n_bytes // self.shape[0]))
 
-    def raw(self, part: slice) -> np.ndarray:
-        """What is stored of a run of entries, in C order."""
+    def raw(self, part: slice, out: np.ndarray | None = None) -> np.ndarray:
+        """What is stored of a run of entries, in C order; in `out` where that is given."""
         dtype = np.dtype(_TYPES[self.dtype])
-        offset, count = self.offset + part.start * dtype.itemsize, part.stop - part.start
-        found = np.fromfile(self.path, dtype, count, offset=offset)
-        if len(found) < count:
-            raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
-        return found
+        out = np.empty(part.stop - part.start, dtype) if out is None else out
+        with self.path.open("rb") as file:
+            file.seek(self.offset + part.start * dtype.itemsize)
+            if file.readinto(out.view(np.uint8)) < out.nbytes:
+                raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
+        return out
 
     def load(self, out: np.ndarray | None = None) -> tuple[np.ndarray, bool]:
         from dynq.kernels import floats, packed
@@ -87,14 +88,15 @@ class _Stored:
         bits, one = flat.view(np.uint32), np.ones((1, 1), np.float32)
 
         def decode(part: slice) -> int:
-            raw = self.raw(part)
+            raw = self.raw(part, flat[part] if self.dtype == "F32" else None)
             if self.dtype == "BF16":
                 return floats.decode_bf16(raw, bits[part])
             if self.dtype == "F16":
                 return floats.decode_f16(raw.view(np.uint16), flat[part])
             if self.dtype == "F8_E4M3":
                 return packed.decode_e4m3(raw[None], one, np.zeros(1, np.int64), len(raw), flat[None, part])
-            flat[part] = raw
+            if self.dtype != "F32":
+                flat[part] = raw
             return floats.largest_bits(bits[part])
 
         return out, _filled(flat.size, 1, decode)
