@@ -181,6 +181,9 @@ def _call(versions: dict[str, str], work: bytes) -> Any:
     import cloudpickle
     from distributed import get_worker
 
+    from dynq import codec  # brings Numba, which most tasks need
+
+    codec.one_core()
     try:
         for name, here in _versions().items():
             if here != versions[name]:

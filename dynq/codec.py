@@ -192,9 +192,18 @@ def spread(work: Callable[[slice], None], rows: int, step: int, threads: int | N
             raise
 
 
+_most = 0  # cores that are left to this process, 0 for all
+
+
+def one_core() -> None:
+    """From now on `cores` are one: other processes use the rest."""
+    global _most
+    _most = 1
+
+
 def cores() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _most or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 Encode = Callable[[np.ndarray, np.ndarray], None]

@@ -76,7 +76,7 @@ class _Stored:
         out = np.empty(part.stop - part.start, dtype) if out is None else out
         with self.path.open("rb") as file:
             file.seek(self.offset + part.start * dtype.itemsize)
-            if file.readinto(out.view(np.uint8)) < out.nbytes:
+            if file.readinto(out.view(np.uint8).data) < out.nbytes:
                 raise DynqError(f"{self.where}: the file ends before it does; fetch the file again")
         return out
 
@@ -118,13 +118,13 @@ class _Scaled:
 
     codes: _Stored
     scales: _Stored
-    tile: tuple[int, int]
+    tile: tuple[int, ...]
 
     dtype = "F8_E4M3"
 
     def __post_init__(self) -> None:
-        if not all(type(side) is int and side > 0 for side in self.tile):
-            raise DynqError(f"{self.where} has tiles of {list(self.tile)} by config.json; fetch that again")
+        if len(self.tile) != 2 or not all(type(side) is int and side > 0 for side in self.tile):
+            raise DynqError(f"{self.where}: config.json says tiles of {list(self.tile)}; fetch it again")
         if self.codes.dtype != self.dtype or self.scales.dtype not in _FLOATS:
             types = f"{self.codes.dtype} with scales in {self.scales.dtype}"
             raise DynqError(f"{self.where} is in {types}, which is not read; F8_E4M3 with scales in F32 or BF16 is")
@@ -303,8 +303,9 @@ def _unpacked(found: dict[str, _Stored], quantization: dict[str, Any] | None, pa
     readable: dict[str, _Readable] = {**found}
     for name, item in found.items():
         if name.endswith("_scale_inv") and (base := name.removesuffix("_scale_inv")) in found:
-            rows, columns = (quantization or {}).get("weight_block_size") or _TILE
-            readable[base] = _Scaled(found[base], item, (rows, columns))
+            with taking_apart(path / "config.json"):
+                tile = tuple((quantization or {}).get("weight_block_size") or _TILE)
+            readable[base] = _Scaled(found[base], item, tile)
             del readable[name]
         elif name.endswith("_scales") and (blocks := name.removesuffix("_scales") + "_blocks") in found:
             readable[name.removesuffix("_scales")] = _Mxfp4(found[blocks], item)

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 
-from dynq import cluster, jobs
+from dynq import cluster, codec, jobs
 from dynq.calibrate import calibrate
 from dynq.checkpoint import open_checkpoint
 from dynq.encoding import encode
@@ -92,6 +92,10 @@ def test_results_come_in_order_with_and_without_a_cluster(client):
     numbers = list(range(40))
     for where in (None, client):
         assert list(cluster.tasks(double, iter(numbers), where, total=40, desc="double")) == [2 * n for n in numbers]
+
+
+def test_a_task_uses_one_core(client):
+    assert list(cluster.tasks(lambda _: codec.cores(), iter([0]), client, total=1, desc="", unit="")) == [1]
 
 
 def test_items_are_taken_as_results_are_given(client):

@@ -1,6 +1,7 @@
 """Checkpoints in float8 with tiles of scales, and in MXFP4: read as torch, transformers and a scalar twin read them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from test_checkpoint import edit, refuses
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from dynq import codec, safetensors_reader
 from dynq.checkpoint import open_checkpoint
+from dynq.errors import DynqError
+from dynq.kernels import floats
+from dynq.kernels import packed as kernels
+from dynq.reference import packed as reference
 from dynq.torch_model import load_model
 
 State = dict[str, torch.Tensor]
@@ -157,6 +163,12 @@ def test_damaged_float8(how: Callable[[State], State], message: str, llama: Path
     refuses(change(float8(llama, None), how), message)
 
 
+@pytest.mark.parametrize("tile", [[0, 128], [128, -128], [128.0, 128], [128], [True, 128], ["128", 128], 128, {"a": 1}])
+def test_tiles_that_are_none(tile: Any, llama: Path) -> None:
+    edit(float8(llama, None) / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": tile})
+    refuses(llama, r"config\.json(: damaged|.* says tiles of)")
+
+
 # --- MXFP4 ------------------------------------------------------------------------------------------------------------
 
 
@@ -262,3 +274,143 @@ def test_header_whose_sizes_do_not_fit(llama: Path) -> None:
     written = json.dumps(header).encode()
     path.write_bytes(len(written).to_bytes(8, "little") + written + content[8 + length :])
     refuses(llama, rf"tensor {MATRIX} has 163,840 bytes, its shape wants 164,864")
+
+
+# --- kernels and their twins ------------------------------------------------------------------------------------------
+
+CODES = np.arange(256, dtype=np.uint8)
+
+
+def same(ours: np.ndarray, wanted: np.ndarray, largest: int) -> None:
+    """Bit for bit, but for NaN, of which there are many; `largest` says whether there is any, or infinity."""
+    nan = np.isnan(wanted)
+    assert np.array_equal(nan, np.isnan(ours))
+    assert np.array_equal(ours[~nan].view(np.uint32), wanted[~nan].view(np.uint32))
+    assert (largest < 0x7F800000) == np.isfinite(wanted).all()
+    if not nan.any():
+        assert largest == np.abs(wanted).max().view(np.uint32)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_every_code_of_the_wide_floats(finite: bool) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    for decode, wanted in ((floats.decode_bf16, reference.bf16(bits)), (floats.decode_f16, reference.f16(bits))):
+        chosen = np.isfinite(wanted) if finite else ...
+        out = np.empty_like(wanted[chosen])
+        same(
+            out,
+            wanted[chosen],
+            decode(bits[chosen].ravel(), out.view(np.uint32 if decode is floats.decode_bf16 else np.float32)),
+        )
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.37, 2.0**-140, 1e-30, 7.5e35, 1e36, np.inf, np.nan])
+def test_every_code_of_float8_with_any_scale(scale: float) -> None:
+    """Products that are no normal float32, and such that a float32 does not hold."""
+    for codes in (CODES, CODES[CODES & 127 != 127]):
+        scales, out = np.full((1, 1), scale, np.float32), np.empty((1, len(codes)), np.float32)
+        with np.errstate(all="ignore"):
+            wanted = reference.e4m3(codes[None], scales, (1, 256))
+        same(out, wanted, kernels.decode_e4m3(codes[None], scales, np.zeros(1, np.int64), 256, out))
+
+
+def test_every_code_and_scale_of_mxfp4() -> None:
+    blocks, tables = CODES.reshape(16, 16), (kernels.pairs(), kernels.powers())
+    for scale in range(256):
+        scales, out = np.full(16, scale, np.uint8), np.empty((16, 32), np.float32)
+        with np.errstate(all="ignore"):
+            wanted = reference.mxfp4(blocks, scales).reshape(16, 32)
+        same(out, wanted, kernels.decode_pairs(blocks, scales, *tables, out.view(np.uint64), out))
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a few thousand weights in many pieces, by three threads."""
+    monkeypatch.setattr(safetensors_reader, "_PIECE", 1000)
+    monkeypatch.setattr(codec, "cores", lambda: 3)
+
+
+STORED = {  # entries of a stack of 5 x 66 x 96 weights, and how NumPy reads them
+    "BF16": lambda rng: (rng.integers(0, 0x7F80, (5, 66, 96)).astype("<u2"), reference.bf16),
+    "F16": lambda rng: (rng.integers(0, 0x7C00, (5, 66, 96)).astype("<u2"), reference.f16),
+    "F32": lambda rng: (rng.normal(size=(5, 66, 96)).astype("<f4"), lambda x: x),
+    "F64": lambda rng: (rng.normal(size=(5, 66, 96)), lambda x: x.astype(np.float32)),
+    "F8_E4M3": lambda rng: (
+        rng.integers(0, 127, (5, 66, 96)).astype("u1"),
+        lambda x: reference.e4m3(x, np.ones((5, 1, 1), np.float32), (66, 96)),
+    ),
+}
+
+
+def stored(path: Path, name: str, dtype: str, values: np.ndarray) -> safetensors_reader._Stored:
+    """Values in a file of their own, behind what belongs to another tensor."""
+    (path / name).write_bytes(bytes(37) + values.tobytes())
+    return safetensors_reader._Stored(path / name, name, dtype, values.shape, 37)
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_pieces_are_the_whole(dtype: str, tmp_path: Path, pieces: None) -> None:
+    values, by_numpy = STORED[dtype](np.random.default_rng(0))
+    item, wanted = stored(tmp_path, "x", dtype, values), by_numpy(values)
+    found, finite = item.load()
+    assert finite and np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    out = np.zeros((2, 1, 66, 96), np.float32)
+    given, _ = item.one(3).load(out[1])
+    assert given is not out and np.shares_memory(given, out)
+    assert np.array_equal(out[1, 0], wanted[3]) and not out[0].any()
+
+
+@pytest.mark.parametrize("tile", [(128, 128), (1, 1), (7, 100), (32, 32), (66, 5)])
+def test_pieces_of_float8_are_the_whole(tile: tuple[int, int], tmp_path: Path, pieces: None) -> None:
+    rng = np.random.default_rng(0)
+    codes = (rng.integers(0, 127, (5, 66, 96)) + 128 * rng.integers(0, 2, (5, 66, 96))).astype(np.uint8)
+    scales = rng.normal(size=(5, -(-66 // tile[0]), -(-96 // tile[1]))).astype(np.float32)
+    parts = stored(tmp_path, "x", "F8_E4M3", codes), stored(tmp_path, "s", "F32", scales)
+    item = safetensors_reader._Scaled(*parts, tile)
+    wanted = reference.e4m3(codes, scales, tile)
+    found, finite = item.load()
+    assert finite and np.array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    assert np.array_equal(item.one(2).load()[0][0], wanted[2])
+
+
+def test_pieces_of_mxfp4_are_the_whole(tmp_path: Path, pieces: None) -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (5, 66, 3, 16)).astype(np.uint8)
+    scales = rng.integers(0, 253, (5, 66, 3)).astype(np.uint8)
+    item = safetensors_reader._Mxfp4(stored(tmp_path, "b", "U8", blocks), stored(tmp_path, "s", "U8", scales))
+    wanted = reference.mxfp4(blocks, scales).swapaxes(1, 2)
+    found, finite = item.load()
+    assert finite and np.array_equal(found, wanted) and np.array_equal(np.signbit(found), np.signbit(wanted))
+    out = np.zeros((1, 96, 66), np.float32)
+    item.one(4).load(out)
+    assert np.array_equal(out[0], wanted[4])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [
+        *(("BF16", 0x7F80), ("BF16", 0xFFC1), ("F16", 0xFC00), ("F16", 0x7C01)),
+        *(("F32", np.nan), ("F64", -1e39), ("F8_E4M3", 0x7F), ("F8_E4M3", 0xFF)),
+    ],
+)
+def test_one_value_that_is_not_finite_is_found_in_any_piece(
+    dtype: str, code: float, tmp_path: Path, pieces: None
+) -> None:
+    values, by_numpy = STORED[dtype](np.random.default_rng(0))
+    for place in [(0, 0, 0), (2, 65, 31), (4, 65, 95)]:
+        damaged = values.copy()
+        damaged[place] = code
+        with np.errstate(over="ignore"):
+            value = by_numpy(damaged)[place]
+        with pytest.raises(DynqError, match=re.escape(f"x (blk) holds {value} at {list(place)} (1 such values)")):
+            safetensors_reader._finite(stored(tmp_path, "x", dtype, damaged), "blk")
+
+
+def test_file_that_was_cut_meanwhile(tmp_path: Path, pieces: None) -> None:
+    item = stored(tmp_path, "x", "BF16", np.zeros(5000, np.uint16))
+    item.path.write_bytes(item.path.read_bytes()[:-1])
+    with pytest.raises(DynqError, match="tensor x: the file ends before it does"):
+        item.load()
