@@ -47,7 +47,7 @@ CHUNKS, N_CTX, KEEP, EVAL_CHUNKS, BPW = 32, 512, 1024, 16, 3.5
 CONTENDERS, MIXES = 4, 3  # the file, two mixes, one format throughout
 CARD = 5.4e12  # operations a second of calibration on one H100 (LOG, "Devices and memory")
 CARD_PRODUCTS = 28.0  # sensitivity's products on one H100, times those of 16 cores (the same)
-UNPACKED = 6e-9  # seconds for each weight in float8 that is read: its reader has one thread
+UNPACKED = 1.1e-9  # seconds of one thread for each weight in float8 that is read (tests/bench/reading.py)
 MANY = 0.5  # of a core's speed alone is left where 16 of a processor compute: 0.86 TFLOP/s in calibration (the same)
 
 
@@ -220,7 +220,7 @@ measured swap, and text must be given.
 
 A core is one of a Xeon of 2023 with AVX-512, {CORE / 1e9:.0f} GFLOP/s alone, of which {MANY} are left where 16
 compute. Reading, unpacking and computing are added up: on a processor one follows the other.
-Float8 is unpacked by one thread of a host, {UNPACKED * 1e9:.0f} ns a weight.
+Float8 is counted as unpacked by one thread of a host, {UNPACKED * 1e9:.1f} ns a weight; without a cluster all do.
 
 ## Eight cards
 

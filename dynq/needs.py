@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
 
 CORE = 155e9  # operations a second of the core of all that follows
-READ = 0.8e9  # bytes a second of BF16 that one thread reads, widens and looks through: less than a common SSD gives
+READ = 1.7e9  # bytes a second of BF16 that one thread reads, widens and looks through: less than a common SSD gives
 LOADED = 4e9  # bytes of weights a second from memory, one thread, where few tokens are multiplied by them
 FORWARD = 2.5e-9  # seconds for each value that a product reads or gives: norms, activations, attention
 PROBE = 3.5e-9  # for each weight and sequence: the cross-token factor's rounding error

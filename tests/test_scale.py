@@ -40,7 +40,7 @@ def test_arithmetic_by_hand(scale: ModuleType) -> None:
     calibrate, sensitivity, *_ = scale.lines(model, scale.CARDS)
     assert calibrate.read == 2 * model.stored and calibrate.reading == calibrate.read / 4e9
     assert calibrate.computing == pytest.approx(6 * model.active * 32 * 512 / (8 * 5.4e12))
-    assert calibrate.unpacking == 6e-9 * 2 * model.stored
+    assert calibrate.unpacking == 1.1e-9 * 2 * model.stored
     encoders = model.encoded(scale.candidates([], "all"), "plain")
     assert encoders / 64 < 3600 * sensitivity.hours
     calibrate, sensitivity, *_ = scale.lines(model, scale.WORKERS)
