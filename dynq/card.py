@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
 
 _CACHED = re.compile(r"models--((?:(?!--)[\w.-])+)--((?:(?!--)[\w.-])+)")  # the folder of a model in the hub's cache
+_COPIED = re.compile(r"hf://([\w.-]+/[\w.-]+?)(@[^/]+)?/?")  # a model, with its revision, and not a file in it
 _HUB_URL = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/?")
 
 
@@ -49,7 +50,9 @@ def front_matter(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 
 def _hub_id(checkpoint: "Checkpoint") -> str | None:
-    """owner/name, from the folder that the hub's client keeps a model in, or as a GGUF tells of its source."""
+    """owner/name, from the URL, the folder that the hub's client keeps a model in, or as a GGUF tells of its source."""
+    if match := _COPIED.fullmatch(checkpoint.url):
+        return match[1]
     for part in checkpoint.path.parts:
         if match := _CACHED.fullmatch(part):
             return f"{match[1]}/{match[2]}"

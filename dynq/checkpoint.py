@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import yaml
 
-from dynq import architectures, formats, safetensors_reader, shards, tokenizer
+from dynq import architectures, formats, remote, safetensors_reader, shards, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
 from dynq.files import load_json, read_bytes, sha256, taking_apart
@@ -96,6 +96,7 @@ class Checkpoint:
 
     Attributes:
         name, path: the model's name and the directory or file it came from.
+        url: where those were copied from, "" if they were not.
         architecture, config: names and layouts of the family; transformers' config as a dict.
         metadata: every key that an exported GGUF carries, tokenizer included, without the exporter's own.
         tensors: GGUF name -> TensorInfo, in file order.
@@ -122,6 +123,7 @@ class Checkpoint:
     ) -> None:
         self.name = name
         self.path = path
+        self.url = ""
         self.architecture = architecture
         self.config = architecture.config
         self.metadata = metadata
@@ -210,16 +212,17 @@ class Checkpoint:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, bool, str]]:
-        """It travels as its path, see `dynq.cluster`: the process that it comes to opens the same files there."""
+        """It travels as its path or URL, see `dynq.cluster`: the process that it comes to opens the same files there."""
         embedded = self.path == Path(__file__).parent / "data" / EMBEDDED
-        return _opened_elsewhere, (EMBEDDED if embedded else str(self.path.resolve()), self.requantized, self._stamp)
+        model = EMBEDDED if embedded else self.url or str(self.path.resolve())
+        return _opened_elsewhere, (model, self.requantized, self._stamp)
 
 
 @lru_cache(maxsize=2)  # the original and a file of it
 def _opened_elsewhere(model: str, requantized: bool, stamp: str) -> Checkpoint:
     checkpoint = open_checkpoint(model, requantized)
     if checkpoint._stamp != stamp:
-        raise DynqError(f"{checkpoint.path}: not the model that the run reads; put the same files there")
+        raise DynqError(f"{checkpoint.url or checkpoint.path}: not the model that the run reads; put the same files there")
     return checkpoint
 
 
@@ -237,7 +240,7 @@ def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkp
 
     Args:
         model: a Hugging Face directory (safetensors, sharded or not), a GGUF file, a hub id ("Qwen/Qwen3-0.6B"),
-            or "dynq-tiny", the model inside the package.
+            a URL of a directory or a GGUF file (see `dynq.remote`), or "dynq-tiny", the model inside the package.
         allow_requantize: accept a GGUF that is already quantized.
 
     Raises:
@@ -252,20 +255,15 @@ def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkp
             return _open_gguf(path, allow_requantize)
         if path.is_dir():
             return _open_directory(path, path.resolve().name)
+    if remote.is_url(str(model)):
+        checkpoint = open_checkpoint(remote.copied(str(model)), allow_requantize)
+        checkpoint.url = str(model)
+        return checkpoint
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model)):
-        return _open_directory(_from_hub(str(model)), str(model).partition("/")[2])
-    raise DynqError(f"{model}: no such file or directory, and not a hub id (owner/name)")
+        return _open_directory(remote.from_hub(str(model)), str(model).partition("/")[2])
+    raise DynqError(f"{model}: no such file or directory, no URL (s3://...) and not a hub id (owner/name)")
 
 
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DynqError(f"{model}: no such path here, and the Hugging Face hub did not give it: {reason}") from error
 
 
 # --- Hugging Face directories ---------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ Examples:
 
   dynq run Qwen/Qwen3-0.6B --target 3bpw --search 10min -p n_chunks=64 --out runs/searched
 
+  dynq run s3://bucket/my-model --target 4bpw --out runs/copied   # copied once to ~/.cache/dynq, or $DYNQ_CACHE
+
 The same command again goes on where a run was cut off; a step whose inputs have not changed is skipped.
 """
 
@@ -69,7 +71,10 @@ def _options(
 @app.command(epilog=EXAMPLES)
 def run(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face directory or hub id, a GGUF in F32, F16 or BF16, or dynq-tiny.")
+        str,
+        typer.Argument(
+            help="A Hugging Face directory or hub id, a GGUF in F32, F16 or BF16, a URL of either, or dynq-tiny."
+        ),
     ],
     target: Annotated[
         list[str], typer.Option(help="A size: 3.5bpw, 8GB, 2.5GiB, 6346016B, like:Q4_K_M. May be given several times.")

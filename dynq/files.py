@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,12 @@ def is_full(error: Exception) -> bool:
     """Whether an error says that the disk is full. Those of safetensors have the system's number in their text."""
     codes = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a stranger's name is that of a file in a folder: no slash, no backslash, no drive, no dots alone."""
+    inside = name == PureWindowsPath(name).name and bool(name.strip("."))
+    return inside and name.isprintable() and len(name.encode()) < 256
 
 
 def disk_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:

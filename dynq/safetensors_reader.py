@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from dynq.architectures import Architecture
 from dynq.architectures.slot import Slot
 from dynq.errors import DynqError
-from dynq.files import load_json, parse_json, taking_apart
+from dynq.files import is_plain, load_json, parse_json, taking_apart
 
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
@@ -234,9 +234,7 @@ def files(path: Path) -> list[Path]:
     with taking_apart(index):
         names = sorted(set(load_json(index, "no index").get("weight_map", {}).values()))
         for name in names:
-            # a plain name has no slash, no backslash, no drive and no dots alone
-            plain = name == PureWindowsPath(name).name and name.isprintable() and len(name.encode()) < 256
-            if not plain or not name.endswith(".safetensors"):
+            if not is_plain(name) or not name.endswith(".safetensors"):
                 raise DynqError(f"{index}: {name!r} is no name of a safetensors file beside it; fetch it again")
     for name in names:
         if not (path / name).is_file():

@@ -31,16 +31,21 @@ def unsplit(path: Path) -> Path:
     return path.with_name(f"{match[1]}.gguf") if match else path
 
 
-def of(path: Path) -> list[Path]:
-    """The path alone, or all shards in order where it is one of them. DynqError names one that is missing."""
+def named(path: Path) -> list[Path]:
+    """The path alone, or all shards in order where it is called as one of them."""
     match = _NAME.fullmatch(path.name)
     if not match:
         return [path]
     count = int(match[3])
-    found = [shard(unsplit(path), i, count) for i in range(count)]
-    for file in found:
+    return [shard(unsplit(path), i, count) for i in range(count)]
+
+
+def of(path: Path) -> list[Path]:
+    """What is `named`; DynqError tells which shard is missing."""
+    found = named(path)
+    for file in found if len(found) > 1 else []:
         if not file.exists():
-            raise DynqError(f"{file}: this shard is missing; all {count} are needed")
+            raise DynqError(f"{file}: this shard is missing; all {len(found)} are needed")
     return found
 
 
