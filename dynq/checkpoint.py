@@ -212,7 +212,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Callable[..., Checkpoint], tuple[str, bool, str]]:
-        """It travels as its path or URL, see `dynq.cluster`: the process that it comes to opens the same files there."""
+        """It travels as its path or URL, see `dynq.cluster`: the process that it comes to opens the same there."""
         embedded = self.path == Path(__file__).parent / "data" / EMBEDDED
         model = EMBEDDED if embedded else self.url or str(self.path.resolve())
         return _opened_elsewhere, (model, self.requantized, self._stamp)
@@ -222,7 +222,7 @@ class Checkpoint:
 def _opened_elsewhere(model: str, requantized: bool, stamp: str) -> Checkpoint:
     checkpoint = open_checkpoint(model, requantized)
     if checkpoint._stamp != stamp:
-        raise DynqError(f"{checkpoint.url or checkpoint.path}: not the model that the run reads; put the same files there")
+        raise DynqError(f"{model}: not the model that the run reads; put the same files there")
     return checkpoint
 
 
@@ -262,8 +262,6 @@ def open_checkpoint(model: str | Path, allow_requantize: bool = False) -> Checkp
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model)):
         return _open_directory(remote.from_hub(str(model)), str(model).partition("/")[2])
     raise DynqError(f"{model}: no such file or directory, no URL (s3://...) and not a hub id (owner/name)")
-
-
 
 
 # --- Hugging Face directories ---------------------------------------------------------------------------------------

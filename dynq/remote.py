@@ -43,7 +43,8 @@ _MOST = 10_000  # files of a model; the largest have a few hundred
 # An address to which a server leads on is none: it may be signed anew each time.
 _TAGS = (
     *("etag", "md5", "md5hash", "contentmd5", "checksum", "digest", "sha256", "sha", "blobid", "oid", "crc32c", "crc"),
-    *("generation", "versionid", "lastmodified", "modificationtime", "mtime", "updated", "modified", "modify", "created"),
+    *("generation", "versionid", "lastmodified", "modificationtime", "mtime", "updated", "modified", "modify"),
+    "created",
 )
 
 
@@ -127,15 +128,15 @@ def _system(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs
     except ImportError:
         raise DynqError(f"{url}: URLs are read by fsspec, which is not installed; pip install fsspec") from None
-    try:
-        with _reading(url, ImportError, ValueError):
+    with _reading(url):
+        try:
             system, path = url_to_fs(url)
-    except ImportError as error:
-        lacks = getattr(error.__cause__, "name", None)
-        install = f"pip install {lacks.partition('.')[0]}" if lacks else str(error)
-        raise DynqError(f"{url}: {protocol}:// needs a package that is not installed; {install}") from None
-    except ValueError as error:
-        raise DynqError(f"{url}: not a URL that fsspec reads ({_reason(error)})") from None
+        except ImportError as error:
+            lacks = getattr(error.__cause__, "name", None)
+            install = f"pip install {lacks.partition('.')[0]}" if lacks else str(error)
+            raise DynqError(f"{url}: {protocol}:// needs a package that is not installed; {install}") from None
+        except ValueError as error:
+            raise DynqError(f"{url}: not a URL that fsspec reads ({_reason(error)})") from None
     if protocol in ("file", "local") and not url.partition("://")[2].startswith("/"):
         raise DynqError(f"{url}: write the whole path, {protocol}:///...")
     return system, path
@@ -244,7 +245,7 @@ def _counter(url: str, file: _File, bar: Any, done: int) -> Any:
 
 @contextmanager
 def _alone(place: Path, url: str) -> Iterator[None]:
-    """Of processes that copy the same model one goes on, the others wait. The system frees the lock of one that died."""
+    """Of processes that copy the same model one goes on, the others wait. A process that died has no lock."""
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("a") as file:
         if fcntl is not None:
@@ -257,11 +258,11 @@ def _alone(place: Path, url: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(url: str, *known: type[Exception]) -> Iterator[None]:
-    """DynqError for whatever a file system, its client or the network raises; but not for what is known."""
+def _reading(url: str) -> Iterator[None]:
+    """DynqError for whatever a file system, its client or the network raises."""
     try:
         yield
-    except (DynqError, *known):
+    except DynqError:
         raise
     except FileNotFoundError:
         raise DynqError(f"{url}: nothing is there, or it is not reached; look at the address and the network") from None

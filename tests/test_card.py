@@ -12,8 +12,9 @@ from dynq.checkpoint import TensorInfo
 from dynq.recipe import Recipe
 
 
-def source(path="/models/mine", **metadata):
-    return SimpleNamespace(path=Path(path), metadata={f"general.{key}": value for key, value in metadata.items()})
+def source(path="/models/mine", url="", **metadata):
+    metadata = {f"general.{key}": value for key, value in metadata.items()}
+    return SimpleNamespace(path=Path(path), url=url, metadata=metadata)
 
 
 def test_front_matter_has_what_is_known():
@@ -56,6 +57,13 @@ def test_names_end_in_a_quantization():
         ("like-Q2_K.gguf", "Mymodel-Q2_K.gguf", "Q2_K"),
         ("8GB.gguf", "Mymodel-8GB-Q4_K_M.gguf", "Q4_K_M"),
     ]
+
+
+def test_a_copy_of_a_hubs_model_tells_where_it_is_from():
+    for url in ("hf://Qwen/Qwen3-0.6B", "hf://Qwen/Qwen3-0.6B@refs%2Fpr%2F1/"):
+        assert card.front_matter(source(url=url)) == {"base_model": "Qwen/Qwen3-0.6B"}
+    for url in ("s3://Qwen/Qwen3-0.6B", "hf://datasets/Qwen/Qwen3-0.6B"):
+        assert card.front_matter(source(url=url)) == {}
 
 
 def test_a_tag_that_two_files_share_is_none():
