@@ -1,7 +1,8 @@
 """More than one machine: tasks that workers of a Dask cluster share, in place of a loop in this process.
 
 Workers read, this process writes. What a task needs (the model, Fisher samples, Hessians, log-probabilities) is on
-paths that all machines share and travels as its path; what it gives travels back and is written here. So one process
+paths that all machines share and travels as its path, a model behind a URL as that, of which each machine has its own
+copy; what a task gives travels back and is written here. So one process
 writes every file, a task that is done twice does no harm, and a worker that dies costs the tasks it had. A task is
 computed by one thread, of torch too, and its bytes depend on nothing else.
 

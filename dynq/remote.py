@@ -246,8 +246,14 @@ def _counter(url: str, file: _File, bar: Any, done: int) -> Any:
 @contextmanager
 def _alone(place: Path, url: str) -> Iterator[None]:
     """Of processes that copy the same model one goes on, the others wait. A process that died has no lock."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("a") as file:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = (place / "lock").open("a")
+    except OSError as error:
+        raise DynqError(
+            f"{url}: its copy cannot be kept in {cache()} ({error.strerror}); set {CACHE} to another folder"
+        ) from None
+    with lock as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

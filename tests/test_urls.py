@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import http.server
+import json
 import os
 import pickle
 import shutil
@@ -28,6 +29,7 @@ from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.encoding import encode
 from dynq.errors import DynqError
 from dynq.export import export
+from dynq.folder import content_hash
 from dynq.recipe import Recipe
 
 BESIDE = {
@@ -292,6 +294,11 @@ def test_no_room(there: Path, monkeypatch: pytest.MonkeyPatch, cached: Path) -> 
     open_checkpoint(there.as_uri())
 
 
+def test_a_folder_for_copies_that_is_none(there: Path, cached: Path) -> None:
+    cached.touch()
+    refuses(there.as_uri(), f"cannot be kept in {cached}", remote.CACHE)
+
+
 class Hostile(AbstractFileSystem):
     """Lists what a test says, and gives more bytes than it said."""
 
@@ -409,10 +416,32 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class Hub(Quiet):
+    """As much of the hub as its client asks for, of one model: what it is, what lies in it, its files."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/owner/name/resolve/main/"):
+            self.path = self.path.removeprefix("/owner/name/resolve/main")
+            super().do_GET()
+            return
+        said: Any = {"error": "none"}
+        if self.path.startswith("/api/models/owner/name/tree/main"):
+            files = [p for p in Path(self.directory).iterdir() if p.is_file()]
+            said = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": content_hash(p)} for p in files]
+        elif self.path.startswith("/api/models/owner/name"):
+            said = {"id": "owner/name", "siblings": []}
+        data = json.dumps(said).encode()
+        self.send_response(404 if said == {"error": "none"} else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
+def served(folder: Path, kind: type[Quiet] = Quiet) -> Iterator[str]:
     """A web server of a folder; gives its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -433,6 +462,19 @@ def test_over_http(there: Path, split: list[Path]) -> None:
         refuses(f"{address}/none.gguf", "nothing is there")
         refuses(f"{address}/none/", "nothing is there")
     refuses("http://127.0.0.1:9/m.gguf", "or it is not reached")
+
+
+def test_of_the_hub(there: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(there, Hub) as address:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
+        shutil.copytree(plain, there.parent / "name")
+        first = open_checkpoint("hf://owner/name")
+        same(first, open_checkpoint(there.parent / "name"))
+        assert sorted(p.name for p in first.path.iterdir()) == sorted(p.name for p in plain.iterdir())
+        (there / "chat_template.jinja").write_text("{{ messages }}")
+        assert open_checkpoint("hf://owner/name@main").path.name == "name"
+        assert (open_checkpoint("hf://owner/name").path / "chat_template.jinja").exists()
+        refuses("hf://owner/none", "look at the address")
 
 
 def test_of_a_bucket(plain: Path, monkeypatch: pytest.MonkeyPatch, fetched: Counter[str]) -> None:
