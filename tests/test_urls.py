@@ -235,12 +235,18 @@ print("=", remote.copied(sys.argv[1]))
 """
 
 
-def test_a_copy_that_was_killed_is_no_copy_and_goes_on(there: Path, plain: Path, fetched: Counter[str]) -> None:
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_copy_that_was_killed_is_no_copy_and_goes_on(
+    changed: bool, there: Path, plain: Path, fetched: Counter[str]
+) -> None:
     dead = subprocess.run([sys.executable, "-c", KILLED, there.as_uri()], capture_output=True)
     assert dead.returncode == -signal.SIGKILL
     assert [p.suffix for p in remote.cache().rglob("files/*")].count(".partial") == 1
+    names = [p.name for p in plain.iterdir()]
+    for name in names if changed else []:
+        edit(there / name, (there / name).read_bytes())
     same(open_checkpoint(there.as_uri()), open_checkpoint(plain))
-    assert len(fetched) == len(list(plain.iterdir())) - 2  # two were whole
+    assert len(fetched) == len(names) - (0 if changed else 2)  # two were whole
     assert not list(remote.cache().rglob("*.partial"))
 
 
@@ -472,8 +478,8 @@ def test_of_the_hub(there: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -
         same(first, open_checkpoint(there.parent / "name"))
         assert sorted(p.name for p in first.path.iterdir()) == sorted(p.name for p in plain.iterdir())
         (there / "chat_template.jinja").write_text("{{ messages }}")
-        assert open_checkpoint("hf://owner/name@main").path.name == "name"
         assert (open_checkpoint("hf://owner/name").path / "chat_template.jinja").exists()
+        assert open_checkpoint("hf://owner/name@main").path.name == "name"
         refuses("hf://owner/none", "look at the address")
 
 
