@@ -182,6 +182,8 @@ def _directory(system: Any, url: str, path: str) -> dict[str, _File]:
     if "config.json" not in found or not any(name.endswith(".safetensors") for name in found):
         gguf = [name for name in others if name.endswith(".gguf")]
         hint = f"; name the file itself, {url.rstrip('/')}/{min(gguf)}" if gguf else ""
+        if not hint and any(name.endswith(".bin") for name in others):
+            hint = "; convert weights in PyTorch's format first (transformers: save_pretrained)"
         raise DynqError(f"{url}: no config.json with *.safetensors is there, which are what is read{hint}")
     return {name: _known(url, system.info(address)) for name, address in found.items()}
 

@@ -1,16 +1,11 @@
 """Models behind URLs: what is opened is what lies there, copied once, whole; nothing of it is believed."""
 
-import contextlib
-import functools
-import http.server
-import json
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,16 +15,16 @@ import fsspec
 import numpy as np
 import pytest
 import tiny_models
+from copies import Hub, edit, refuses, same, served
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import _registry
 from fsspec.spec import AbstractFileSystem
 
 from dynq import cli, cluster, remote
-from dynq.checkpoint import Checkpoint, open_checkpoint
+from dynq.checkpoint import open_checkpoint
 from dynq.encoding import encode
 from dynq.errors import DynqError
 from dynq.export import export
-from dynq.folder import content_hash
 from dynq.recipe import Recipe
 
 BESIDE = {
@@ -87,30 +82,6 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def refuses(url: str, *said: str) -> None:
-    """The URL is refused in one line that says this, and no copy of a file is left."""
-    with pytest.raises(DynqError) as caught:
-        open_checkpoint(url)
-    message = str(caught.value)
-    assert all(part in message for part in said), message
-    assert message.startswith(url) and "\n" not in message
-    assert not [file for file in remote.cache().rglob("files/*") if file.suffix]
-
-
-def same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.name == other.name and one.metadata == other.metadata and one.tensors == other.tensors
-    assert one.fingerprint == other.fingerprint
-    for name in one.tensors:
-        assert np.array_equal(one.read(name), other.read(name))
-
-
-def edit(file: Path, data: bytes, later: int = 5) -> None:
-    """Write a file anew, so many seconds after it was written."""
-    time = file.stat().st_mtime + later
-    file.write_bytes(data)
-    os.utime(file, (time, time))
-
-
 # --- what is copied ---------------------------------------------------------------------------------------------------
 
 
@@ -118,9 +89,8 @@ def test_a_folder_is_copied_once_without_what_no_model_needs(there: Path, plain:
     checkpoint = open_checkpoint(there.as_uri())
     same(checkpoint, open_checkpoint(plain))
     assert checkpoint.url == there.as_uri() and remote.cache() in checkpoint.path.parents
-    assert (
-        sorted(p.name for p in checkpoint.path.iterdir()) == sorted(p.name for p in plain.iterdir()) == sorted(fetched)
-    )
+    names = sorted(p.name for p in plain.iterdir())
+    assert sorted(p.name for p in checkpoint.path.iterdir()) == names == sorted(fetched)
     same(open_checkpoint(f"{there.as_uri()}/"), checkpoint)  # another spelling, another copy
     fetched.clear()
     assert open_checkpoint(there.as_uri()).path == checkpoint.path and not fetched
@@ -130,10 +100,9 @@ def test_a_split_gguf_comes_with_all_its_shards(split: list[Path]) -> None:
     assert len(split) > 2
     for shard in (split[0], split[-1]):
         same(open_checkpoint(shard.as_uri()), open_checkpoint(shard))
-    split_less = split[0].parent / "less"
-    split_less.mkdir()
-    shutil.copy(split[0], split_less)
-    refuses((split_less / split[0].name).as_uri(), "nothing is there")
+    (less := split[0].parent / "less").mkdir()
+    shutil.copy(split[0], less)
+    refuses((less / split[0].name).as_uri(), "nothing is there")
 
 
 def test_a_file_system_in_memory(plain: Path) -> None:
@@ -380,7 +349,7 @@ def test_a_model_without_a_name(url: str) -> None:
 
 def test_folders_that_hold_no_model(there: Path) -> None:
     (there / "model.safetensors").unlink()
-    refuses(there.as_uri(), "no config.json with *.safetensors is there")
+    refuses(there.as_uri(), "no config.json with *.safetensors is there", "convert weights in PyTorch's format first")
     (there / "b.gguf").touch()
     (there / "a.gguf").touch()
     refuses(there.as_uri(), f"name the file itself, {there.as_uri()}/a.gguf")
@@ -415,42 +384,6 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-class Hub(Quiet):
-    """As much of the hub as its client asks for, of one model: what it is, what lies in it, its files."""
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/owner/name/resolve/main/"):
-            self.path = self.path.removeprefix("/owner/name/resolve/main")
-            super().do_GET()
-            return
-        said: Any = {"error": "none"}
-        if self.path.startswith("/api/models/owner/name/tree/main"):
-            files = [p for p in Path(self.directory).iterdir() if p.is_file()]
-            said = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": content_hash(p)} for p in files]
-        elif self.path.startswith("/api/models/owner/name"):
-            said = {"id": "owner/name", "siblings": []}
-        data = json.dumps(said).encode()
-        self.send_response(404 if said == {"error": "none"} else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
-@contextlib.contextmanager
-def served(folder: Path, kind: type[Quiet] = Quiet) -> Iterator[str]:
-    """A web server of a folder; gives its address."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(kind, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_over_http(there: Path, split: list[Path]) -> None:
