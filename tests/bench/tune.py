@@ -3,11 +3,13 @@
     python tests/bench/tune.py dynq-tiny runs/first/like-Q2_K.gguf --tokens runs/first/calibrate-text.json \\
         --heldout chats.jsonl,code.txt,wiki.txt
 
-Every fourth chunk of ``--tokens`` is kept aside. Of every held-out file the first ``--chunks`` chunks are scored, at
-all positions of each.
+What judges is kept aside as a run does. Of every held-out file the first ``--chunks`` chunks are scored, at all
+positions of each. Settings of `tune.tune` may be given several times, each a line of its own:
+``--try passes=2 --try passes=4,batch=1,codes=0``.
 """
 
 import argparse
+import ast
 import json
 import tempfile
 import time
@@ -19,10 +21,9 @@ from dynq import codec, tune
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.evaluate import kld
 from dynq.gguf_reader import Reader
+from dynq.layer_inputs import kept_aside
 from dynq.text import load_text
 from dynq.torch_model import load_model, load_tokenizer
-
-ASIDE = 4  # every so many chunks one is kept aside
 
 
 def encoded(path: Path) -> tune.Tensors:
@@ -47,25 +48,39 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--chunks", type=int, default=6)
+    parser.add_argument("--first", type=int, help="chunks of --tokens that are taken, all by default")
+    parser.add_argument("--try", action="append", dest="tries", metavar="NAME=VALUE,...")
     a = parser.parse_args()
     checkpoint = open_checkpoint(a.model)
     teacher, tokenizer = load_model(checkpoint), load_tokenizer(checkpoint)
-    tokens = np.array(json.loads(a.tokens.read_text())["tokens"], np.int32)
-    aside = np.arange(len(tokens)) % ASIDE == ASIDE - 1
+    text = json.loads(a.tokens.read_text())
+    tokens = np.array(text["tokens"], np.int32)[: a.first]
+    aside = kept_aside(text["domains"][: a.first], tune.JUDGES)
     with tempfile.TemporaryDirectory() as place:
         references = {}
         for spec in a.heldout.split(","):
-            text = load_text(spec, tokenizer, n_ctx=tokens.shape[1], n_chunks=a.chunks, seed=0)
+            found = load_text(spec, tokenizer, n_ctx=tokens.shape[1], n_chunks=a.chunks, seed=0)
             name = Path(spec).stem
-            references[name] = kld.make_reference(teacher, text.tokens, Path(place, name), first=0)
+            references[name] = kld.make_reference(teacher, found.tokens, Path(place, name), first=0)
         for path in a.gguf:
-            before, start = encoded(path), time.perf_counter()
-            tuned = tune.tune(checkpoint, teacher, before, tokens[~aside], tokens[aside])
-            seconds = time.perf_counter() - start
-            old, new = (divergences(checkpoint, x, references) for x in (before, tuned.tensors))
-            ratios = ", ".join(f"{name} {old[name]:.4f} x {new[name] / old[name]:.3f}" for name in old)
-            print(f"{path.stem}: {seconds:.0f} s, {tuned.steps} steps, {tuned.tuned} multipliers")
-            print(f"  kept aside {tuned.kld[0]:.4f} x {tuned.kld[1] / tuned.kld[0]:.3f}; {ratios}", flush=True)
+            before = encoded(path)
+            old = divergences(checkpoint, before, references)
+            for tried in a.tries or [""]:
+                settings = {
+                    name: ast.literal_eval(x) for name, _, x in (y.partition("=") for y in tried.split(",") if y)
+                }
+                start = time.perf_counter()
+                tuned = tune.tune(checkpoint, teacher, before, tokens[~aside], tokens[aside], **settings)
+                seconds = time.perf_counter() - start
+                new = divergences(checkpoint, tuned.tensors, references)
+                ratios = {name: new[name] / old[name] for name in old}
+                told = ", ".join(f"{name} {old[name]:.4f} x {ratio:.3f}" for name, ratio in ratios.items())
+                mean = np.exp(np.mean(np.log(list(ratios.values()))))
+                print(f"{path.stem} {tried}: {seconds:.0f} s, {tuned.steps} steps, {tuned.codes:.2%} of the codes")
+                print(
+                    f"  kept aside {tuned.kld[0]:.4f} x {tuned.kld[1] / tuned.kld[0]:.3f}; {told}; mean x {mean:.3f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
