@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import numpy as np
 from dynq import codec, formats
 from dynq.checkpoint import Checkpoint
 from dynq.cluster import tasks
+from dynq.errors import DynqError
 from dynq.imatrix import Importance
 
 if TYPE_CHECKING:
@@ -57,10 +58,27 @@ def quantized(
     if len(shape) != 3:
         return codec.quantize(checkpoint.read(name), fmt, mean, level=level, threads=threads)
     out = np.empty((*shape[:2], formats.row_bytes(fmt, shape[2])), np.uint8)
-    for i, weights in enumerate(checkpoint.matrices(name)):
-        own = mean[i] if mean is not None and mean.ndim == 2 else mean
+    for i, (weights, own) in enumerate(matrices(checkpoint, name, mean)):
         out[i] = codec.quantize(weights, fmt, own, level=level, threads=threads)
     return out
+
+
+def usable(candidates: Iterable[str], row: int, mean: np.ndarray | None) -> list[str]:
+    """The formats that a tensor with this row length and importance can have, once each: `formats.usable`."""
+    found = dict.fromkeys(formats.usable(c, row) for c in candidates)
+    return [fmt for fmt in found if mean is not None or not formats.get(fmt).needs_importance]
+
+
+def matrices(
+    checkpoint: Checkpoint, name: str, mean: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The matrices of a tensor, see `Checkpoint.matrices`, each with its part of the importance."""
+    shape = checkpoint.tensors[name].shape
+    apart = mean if mean is not None and mean.ndim == 2 and len(shape) == 3 else None
+    if apart is not None and len(apart) != shape[0]:
+        raise DynqError(f"importance matrix: {name} has {len(apart)} experts there, {shape[0]} in the model")
+    for i, weights in enumerate(checkpoint.matrices(name)):
+        yield weights, mean if apart is None else apart[i]
 
 
 def _encoded(

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from dynq import codec, formats
 from dynq.checkpoint import Checkpoint, TensorInfo
+from dynq.encoding import importance_of, matrices, usable
 from dynq.errors import DynqError
 from dynq.imatrix import Importance
 from dynq.progress import progress
@@ -97,21 +98,22 @@ def estimate(
     rows = []
     for name in progress(names, desc="estimate", unit="tensor"):
         info = checkpoint.tensors[name]
-        weight = checkpoint.read(name)
-        mean = importance.mean(name, info.row) if importance else None
-        power = codec.weighted_error(weight, np.zeros_like(weight), mean)
+        mean = importance_of(checkpoint, name, importance)
+        fmts = usable(candidates, info.row, mean)
+        if not fmts:
+            raise DynqError(f"{name}: {', '.join(candidates)} all need importance; give an --imatrix, or add Q2_K")
+        power, errors = 0.0, dict.fromkeys(fmts, 0.0)
+        for weight, own in matrices(checkpoint, name, mean):
+            power += codec.weighted_error(weight, np.zeros_like(weight), own)
+            for fmt in fmts:
+                data = codec.quantize(weight, fmt, own, level=level, threads=threads)
+                errors[fmt] += codec.weighted_error(weight, codec.dequantize(data, fmt, threads=threads), own)
         scale = factor(class_of(info, checkpoint.tied), layers, prior) / power if power else 0.0
         found = []
-        for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
-            if mean is None and formats.get(fmt).needs_importance:
-                continue
-            data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
-            error = codec.weighted_error(weight, codec.dequantize(data, fmt, threads=threads), mean)
+        for fmt, error in errors.items():
             size = formats.tensor_bytes(fmt, info.shape)
             row = {"tensor": name, "kind": info.kind, "format": fmt, "bytes": size, "bpw": 8 * size / info.n_weights}
             found.append(row | {"predicted_kld": scale * error, "weighted_error": error})
-        if not found:
-            raise DynqError(f"{name}: {', '.join(candidates)} all need importance; give an --imatrix, or add Q2_K")
         rows += sorted(found, key=lambda row: (row["bytes"], row["format"]))
     return pa.Table.from_pylist([{k: row.get(k) for k in SCHEMA.names} for row in rows], schema=SCHEMA)
 

@@ -204,21 +204,30 @@ class Samples:
     expert: torch.Tensor | None = None
     flipped: bool = False
 
-    def projections(self, error: torch.Tensor, workers: Executor | None = None) -> torch.Tensor:
+    def projections(
+        self, error: torch.Tensor, workers: Executor | None = None, *, only: int | None = None
+    ) -> torch.Tensor:
         """``g_s^T D x_s`` of each sample, float64 ``[n]``: linear in the error D, float32 in the parameter's layout.
 
-        workers: threads that share the samples, `TOGETHER` of them at a time; all at once without.
+        workers: threads that share the samples, `TOGETHER` of them at a time; all at once without. only: the error is
+        the matrix of this expert alone, and samples of others have 0; summed over all experts the bytes are those of
+        the stack's.
         """
         error = error.swapaxes(-1, -2) if self.flipped else error
 
-        def of(x: torch.Tensor, g: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
-            return (_moved(error, x, expert) * g).sum(-1).double()
+        def of(at: slice | torch.Tensor) -> torch.Tensor:
+            expert = None if self.expert is None or only is not None else self.expert[at]
+            return (_moved(error, self.x[at], expert) * self.g[at]).sum(-1).double()
 
-        if workers is None:
-            return of(self.x, self.g, self.expert)
-        parts = [slice(start, start + TOGETHER) for start in range(0, len(self.x), TOGETHER)]
-        experts = [None if self.expert is None else self.expert[part] for part in parts]
-        return torch.cat(list(workers.map(of, (self.x[p] for p in parts), (self.g[p] for p in parts), experts)))
+        step = max(1, len(self.x)) if workers is None else TOGETHER
+        parts: list[slice | torch.Tensor] = [slice(i, i + step) for i in range(0, len(self.x), step)]
+        if only is not None and self.expert is not None:
+            own = (self.expert == only).nonzero().flatten()
+            parts = [part for part in own.split(torch.bincount(own // step).tolist()) if len(part)]
+        out = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+        for part, found in zip(parts, map(of, parts) if workers is None else workers.map(of, parts), strict=True):
+            out[part] = found
+        return out
 
 
 @contextmanager

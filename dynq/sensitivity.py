@@ -32,7 +32,7 @@ from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
 from dynq.cluster import held, tasks
 from dynq.devices import single
-from dynq.encoding import importance_of
+from dynq.encoding import importance_of, matrices, usable
 from dynq.errors import DynqError
 from dynq.evaluate import kld
 from dynq.files import replacing
@@ -61,17 +61,20 @@ SCHEMA = pa.schema(
 HEAD_ROWS = 32  # head samples that a thread takes at a time: bounds the logits that are in memory
 
 
-def quadratic_form(error: torch.Tensor, samples: Samples, workers: Executor | None = None) -> tuple[float, float]:
+def quadratic_form(projections: torch.Tensor, samples: Samples) -> tuple[float, float]:
     """``1/2 sum_s weight_s (g_s^T D x_s)^2`` and its standard error, both still to be divided by the tokens.
 
-    workers: as in `Samples.projections`.
+    projections: of the error D, as `Samples.projections` gives them.
     """
-    terms = 0.5 * samples.weight * samples.projections(error, workers).square()
+    terms = 0.5 * samples.weight * projections.square()
     return float(terms.sum()), float(terms.square().sum().sqrt())
 
 
 def parameter_error(architecture: Architecture, name: str, error: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    """An error of a GGUF tensor as one of the parameter that it is a part of (of that shape): zero elsewhere."""
+    """An error of a GGUF tensor as one of the parameter that it is a part of (of that shape): zero elsewhere.
+
+    Views of experts do not reach over the first axis: the error of one, as a stack of one, has its place too.
+    """
     whole = torch.zeros(shape)
     architecture.slot_of(name).scatter(whole, torch.from_numpy(error))
     return whole
@@ -179,47 +182,59 @@ def _tensor_rows(
     device: str,
     item: tuple[str, float, np.ndarray | None],
 ) -> list[dict[str, Any]]:
-    """item: the tensor's name, the factor of its kind, its importance."""
+    """item: the tensor's name, the factor of its kind, its importance. Of experts one matrix at a time is in memory."""
     name, factor, mean = item
     info = checkpoint.tensors[name]
-    weight = checkpoint.read(name)
     architecture = checkpoint.architecture
+    fmts = usable(candidates, info.row, mean)
+    if not fmts:
+        raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
     samples = fisher.samples(name, device)
     shape = fisher.shapes[fisher.unit[name]]
     is_head = name == HEAD or (checkpoint.tied and name == "token_embd.weight")
     head_samples = fisher.samples(HEAD, device) if is_head else None
-    rows = []
-    with one_thread_each(threads) if device == "cpu" else nullcontext() as workers:
-        for fmt in dict.fromkeys(formats.usable(c, info.row) for c in candidates):
-            if mean is None and formats.get(fmt).needs_importance:
-                continue
-            data = codec.quantize(weight, fmt, mean, level=level, threads=threads)
+    projected = {fmt: torch.zeros(len(samples.x), dtype=torch.float64, device=device) for fmt in fmts}
+    squares, head = dict.fromkeys(fmts, 0.0), dict.fromkeys(fmts, (0.0, 0.0))
+
+    def add(weight: np.ndarray, own: np.ndarray | None, expert: int | None, workers: Executor | None) -> None:
+        for fmt in fmts:
+            data = codec.quantize(weight, fmt, own, level=level, threads=threads)
             decoded = codec.dequantize(data, fmt, threads=threads)
-            error = parameter_error(architecture, name, decoded - weight, shape).to(device)
-            total, spread = 0.0, 0.0
+            squares[fmt] += codec.weighted_error(weight, decoded, own)
+            error = decoded - weight
+            if expert is None:
+                moved = parameter_error(architecture, name, error, shape).to(device)
+            else:
+                moved = parameter_error(architecture, name, error[None], (1, *shape[1:]))[0].to(device)
             if name != HEAD:
-                value, deviation = quadratic_form(error, samples, workers)
-                total, spread = factor * value, factor * deviation
+                projected[fmt] += samples.projections(moved, workers, only=expert)
             if head_samples is not None:
-                own = torch.from_numpy(weight).to(device)
-                value, deviation = head_divergence(own, error, head_samples, architecture.logits, workers)
-                total, spread = total + value, float(np.hypot(spread, deviation))
-            size = formats.tensor_bytes(fmt, info.shape)
-            rows.append(
-                {
-                    "tensor": name,
-                    "kind": info.kind,
-                    "format": fmt,
-                    "bytes": size,
-                    "bpw": 8 * size / info.n_weights,
-                    "predicted_kld": total / fisher.tokens,
-                    "predicted_error": spread / fisher.tokens,
-                    "weighted_error": codec.weighted_error(weight, decoded, mean),
-                    "last": 0,
-                }
-            )
-    if not rows:
-        raise DynqError(f"{name}: {', '.join(candidates)} all need importance, which it has none of; add Q2_K or IQ3_S")
+                original = torch.from_numpy(weight).to(device)
+                head[fmt] = head_divergence(original, moved, head_samples, architecture.logits, workers)
+
+    with one_thread_each(threads) if device == "cpu" else nullcontext() as workers:
+        if samples.expert is None:
+            add(checkpoint.read(name), mean, None, workers)
+        else:
+            for i, (weight, own) in enumerate(matrices(checkpoint, name, mean)):
+                add(weight, own, i, workers)
+    rows = []
+    for fmt in fmts:
+        value, deviation = quadratic_form(projected[fmt], samples) if name != HEAD else (0.0, 0.0)
+        size = formats.tensor_bytes(fmt, info.shape)
+        rows.append(
+            {
+                "tensor": name,
+                "kind": info.kind,
+                "format": fmt,
+                "bytes": size,
+                "bpw": 8 * size / info.n_weights,
+                "predicted_kld": (factor * value + head[fmt][0]) / fisher.tokens,
+                "predicted_error": float(np.hypot(factor * deviation, head[fmt][1])) / fisher.tokens,
+                "weighted_error": squares[fmt],
+                "last": 0,
+            }
+        )
     rows[-1]["last"] = len(rows)
     return rows
 

@@ -100,7 +100,8 @@ def _calibrated(
         if info.quantizable and name != "token_embd.weight":
             weight = checkpoint.read(name)
             error = codec.dequantize(codec.quantize(weight, "Q3_K"), "Q3_K").reshape(weight.shape) - weight
-            costs.append(quadratic_form(torch.from_numpy(error), fisher.samples(name))[0])
+            samples = fisher.samples(name)
+            costs.append(quadratic_form(samples.projections(torch.from_numpy(error)), samples)[0])
     return importance, np.array(costs)
 
 

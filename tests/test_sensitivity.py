@@ -1,29 +1,36 @@
 """Sampling, the two formulas, and prediction against measurement on the embedded model."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
+import tiny_models
 import torch
+from peak import Peak
 from safetensors import safe_open
 
-from dynq import codec
+from dynq import codec, formats
 from dynq.calibrate import calibrate
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
-from dynq.fisher import Fisher, Samples, choose_tokens, probe_error, true_fisher_backward
+from dynq.fisher import TOGETHER, Fisher, Samples, choose_tokens, probe_error, true_fisher_backward
 from dynq.imatrix import read_imatrix
 from dynq.sensitivity import (
     SCHEMA,
     agreement,
     head_divergence,
     measure_swaps,
+    parameter_error,
     quadratic_form,
     read_table,
     sample_swaps,
     sensitivity,
 )
 from dynq.text import load_text
+from dynq.threads import one_thread_each
 from dynq.torch_model import load_model, load_tokenizer
 
 FORMATS = ("Q2_K", "Q4_K")
@@ -97,10 +104,12 @@ def test_quadratic_form_equals_its_naive_twin():
     x, g, d, w = rng.normal(size=(7, 5)), rng.normal(size=(7, 4)), rng.normal(size=(4, 5)), rng.uniform(1, 3, 7)
     naive = sum(0.5 * w[s] * (g[s] @ d @ x[s]) ** 2 for s in range(7))
     f32 = lambda a: torch.from_numpy(a.astype(np.float32))  # noqa: E731
-    value, _ = quadratic_form(f32(d), Samples(f32(x), f32(g), torch.from_numpy(w)))
+    samples = Samples(f32(x), f32(g), torch.from_numpy(w))
+    value, _ = quadratic_form(samples.projections(f32(d)), samples)
     assert value == pytest.approx(naive, rel=1e-5)
     ids = torch.tensor([0, 3, 3])
-    value, _ = quadratic_form(f32(d.T), Samples(ids, f32(g[:3]), torch.from_numpy(w[:3])))
+    samples = Samples(ids, f32(g[:3]), torch.from_numpy(w[:3]))
+    value, _ = quadratic_form(samples.projections(f32(d.T)), samples)
     assert value == pytest.approx(sum(0.5 * w[i] * (g[i] @ d.T[t]) ** 2 for i, t in enumerate(ids)), rel=1e-5)
 
 
@@ -117,6 +126,66 @@ def test_head_divergence_is_the_exact_kl():
     tensors = [torch.from_numpy(a.astype(np.float32)) for a in (weight, error, h)]
     value, _ = head_divergence(tensors[0], tensors[1], Samples(tensors[2], tensors[2], torch.from_numpy(scale)))
     assert value == pytest.approx(exact, rel=1e-4)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def _by_the_whole_stack(checkpoint, folder: Path, importance, threads: int) -> dict[tuple[str, str], tuple]:
+    """What the experts of a mixture cost where each stack is in memory as one array."""
+    fisher, found = Fisher(folder / "fisher"), {}
+    kinds = {n: info.kind for n, info in checkpoint.tensors.items() if info.quantizable and n != "output.weight"}
+    factors = fisher.cross_token(kinds)
+    for name in (n for n in kinds if "_exps" in n):
+        weight, samples, info = checkpoint.read(name), fisher.samples(name), checkpoint.tensors[name]
+        mean = None if importance is None else importance.mean(name, info.row)
+        for fmt in dict.fromkeys(formats.usable(fmt, info.row) for fmt in MIXTURE):
+            if mean is None and formats.get(fmt).needs_importance:
+                continue
+            decoded = codec.dequantize(codec.quantize(weight, fmt, mean), fmt)
+            error = parameter_error(checkpoint.architecture, name, decoded - weight, fisher.shapes[fisher.unit[name]])
+            with one_thread_each(threads) as workers:
+                value, deviation = quadratic_form(samples.projections(error, workers), samples)
+            factor = factors[info.kind] / fisher.tokens
+            found[name, fmt] = (factor * value, factor * deviation, codec.weighted_error(weight, decoded, mean))
+    return found
+
+
+MIXTURE = ("Q2_K", "IQ2_XXS", "Q4_0")
+
+
+# saved apart, and fused here; turned, gate and up in turns; turned, one after the other; beside stacks of heads
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "llama4-scout", "deepseek3"])
+def test_experts_one_at_a_time_cost_what_their_stack_does(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_models.make(family, tmp_path / "model", num_hidden_layers=2))
+    tokens = np.random.default_rng(0).integers(2, 300, (4, 96)).astype(np.int32)
+    importance = calibrate(checkpoint, load_model(checkpoint), tokens, tmp_path, keep=3 * TOGETHER, threads=1)
+    for mean in (importance, None):
+        table = sensitivity(checkpoint, tmp_path, mean, MIXTURE, threads=1).to_pylist()
+        rows = {(row["tensor"], row["format"]): row for row in table if "_exps" in row["tensor"]}
+        wanted = _by_the_whole_stack(checkpoint, tmp_path, mean, 2)
+        assert len(rows) >= 3 * len({fmt for _, fmt in wanted}) and rows.keys() == wanted.keys()
+        assert {row["predicted_kld"] > 0 for row in rows.values()} == {True}
+        for key, values in wanted.items():
+            found = tuple(rows[key][column] for column in ("predicted_kld", "predicted_error", "weighted_error"))
+            assert found == pytest.approx(values, 1e-12, 0)
+            print("EXACT", family, mean is None, found == values, [a == b for a, b in zip(found, values)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read where Linux tells it")
+def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
+    """16 experts of 1 MB in each stack; 20 bytes a weight of the whole would be 84 MB."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 16}
+    checkpoint = open_checkpoint(tiny_models.make("qwen3moe", tmp_path / "model", **sizes))
+    stack = checkpoint.tensors["blk.0.ffn_down_exps.weight"]
+    assert stack.shape == (16, 512, 512)
+    tokens = np.random.default_rng(0).integers(2, 300, (1, 64)).astype(np.int32)
+    importance = calibrate(checkpoint, load_model(checkpoint), tokens, tmp_path, keep=64, threads=1)
+    sensitivity(checkpoint, tmp_path, importance, ["Q4_K"], threads=1)  # first calls
+    with Peak() as taken:
+        sensitivity(checkpoint, tmp_path, importance, ["Q4_K"], threads=1)
+    one = 20 * 512 * 512
+    assert one < taken.bytes < 5 * one < 20 * stack.n_weights / 3
 
 
 # --- the embedded model -----------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class Side:
                 own = torch.from_numpy(weight).to(self.place)
                 self.predicted.append(head_divergence(own, moved, samples, architecture.logits)[0])
             else:
-                self.predicted.append(quadratic_form(moved, samples)[0])
+                self.predicted.append(quadratic_form(samples.projections(moved), samples)[0])
 
     def collect(self, tokens: np.ndarray) -> None:
         modules = _modules(self.checkpoint, self.exact)

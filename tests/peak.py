@@ -1,0 +1,37 @@
+"""The memory that a piece of work takes at the most, where Linux tells it."""
+
+import ctypes
+import gc
+import threading
+from pathlib import Path
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+
+
+def _own_bytes() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+class Peak:
+    """The most that the process held inside of a with block, above what it held before."""
+
+    _libc = ctypes.CDLL(None)
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        self._libc.mallopt(_MMAP_THRESHOLD, 1 << 20)  # what is let go of goes back at once, not when malloc likes
+        self._libc.malloc_trim(0)  # else what a step before has let go of is taken again, unseen
+        self.bytes, self._before, self._end = 0, _own_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.002):
+            self.bytes = max(self.bytes, _own_bytes() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
