@@ -161,7 +161,7 @@ def table(model: Shape, place: Place) -> str:
 
 
 def memory(model: Shape, place: Place) -> dict[str, float]:
-    """Bytes that one host holds: a sequence at a time in calibration, a stack of experts in sensitivity."""
+    """Bytes that one host holds: a sequence at a time in calibration, a matrix in sensitivity."""
     machine = Machine(1, CORE, place.memory)
     size = BPW / 8 * model.n
     return {
@@ -250,9 +250,9 @@ calibration and evaluation sequences are: each worker has one and reads all laye
   {6 * model.active * tokens / (8 * CARD):.0f} s of eight cards.
 - Memory of a worker that has one sequence or one tensor: calibrate {held["calibrate"] / 1e9:.0f} GB (a layer
   and both ends in float32 are {4 * (model.layer + model.ends) / 1e9:.0f} of it), sensitivity
-  {held["sensitivity"] / 1e9:.0f} GB (20 bytes a weight of a stack of experts), export
-  {held["export"] / 1e9:.0f} GB (experts one at a time), evaluate {held["evaluate"] / 1e9:.0f} GB.
-  **Sensitivity does not fit into {WORKERS.memory / 1e9:.0f} GB** until it, too, takes experts one at a time.
+  {held["sensitivity"] / 1e9:.0f} GB (20 bytes a weight of the head: of a stack of experts one matrix at a time
+  is in memory), export {held["export"] / 1e9:.0f} GB (the same), evaluate {held["evaluate"] / 1e9:.0f} GB.
+  The most of them, {max(held.values()) / 1e9:.0f} GB, fits into {WORKERS.memory / 1e9:.0f} GB.
 """
     return _filled(text).replace("@cards@", table(model, CARDS)).replace("@workers@", table(model, WORKERS))
 

@@ -333,18 +333,19 @@ def sensitivity(
 ) -> Need:
     """Every tensor encoded, decoded and multiplied by the samples, in every format; some swaps measured.
 
-    Memory: 20 bytes a weight of the largest tensor + 12 bytes a value of its samples; for swaps the model and
-    logits. Disk in passing: 2 V for each token of the swaps. 2 keep N operations a format (of experts: of one);
-    seconds: encoders + N COMPARED a format + keep V HEAD a format. Each swap is a forward pass.
+    Memory: 20 bytes a weight of the largest matrix + 12 bytes a value of its samples; for swaps the model, 10 bytes a
+    weight of the largest tensor and logits. Disk in passing: 2 V for each token of the swaps. 2 keep N operations a
+    format (of experts: of one); seconds: encoders + N COMPARED a format + keep V HEAD a format. Each swap is a forward
+    pass.
     """
     fmts = list(fmts)
     swaps = 0 if shape.streamed(machine.memory) else swaps
     multiplied = sum(p.rows * p.n_in for p in shape.products)
     passes = (swaps + 1) * swap_tokens if swaps else 0
-    own = 20 * shape.largest + 12 * keep * max((p.rows + p.n_in for p in shape.products), default=0)
+    own = 20 * shape.matrix + 12 * keep * max((p.rows + p.n_in for p in shape.products), default=0)
     return Need(
         "sensitivity",
-        memory=max(own, F32 * shape.n + own / 2 + shape.logits(swap_tokens) if swaps else 0),
+        memory=max(own, F32 * shape.n + 10 * shape.largest + shape.logits(swap_tokens) if swaps else 0),
         passing=2 * shape.vocab * swap_tokens if swaps else 0,
         read=shape.stored * (2 if swaps else 1),
         flops=2 * keep * multiplied * len(fmts) + 2 * shape.active * passes,

@@ -80,7 +80,7 @@ def test_layer_by_layer_by_hand() -> None:
 def test_sensitivity_by_hand() -> None:
     need = needs.sensitivity(shape(), ["Q8_0", "Q4_0"], "search", 5, 3, 20, LARGE)
     own = 20 * 8192 + 12 * 5 * 192
-    assert need.memory == 4 * N + own / 2 + 32 * 100 * 20
+    assert need.memory == 4 * N + 10 * 8192 + 32 * 100 * 20
     assert need.passing == 2 * 100 * 20
     multiplied = 4096 + 8192 + 2048 + 6400
     assert need.flops == 2 * 5 * multiplied * 2 + 2 * P * 4 * 20
@@ -88,6 +88,11 @@ def test_sensitivity_by_hand() -> None:
     swaps = A * 80 * needs.FORWARD + 3 * N / 4 * needs.MIXED["search"]
     assert need.spent == pytest.approx(encoders + 2 * (N * needs.COMPARED + 5 * 100 * needs.HEAD) + swaps)
     assert needs.sensitivity(shape(), ["Q8_0"], "plain", 5, 3, 20, Machine(1, CORE, 4 * N)).memory == own  # no swaps
+    more = shape().tensors | {"blk.1.ffn_down_exps.weight": TensorInfo("blk.1.ffn_down_exps.weight", (9, 64, 32), "")}
+    wide = replace(shape(), tensors=more)
+    assert needs.sensitivity(wide, ["Q8_0"], "plain", 5, 0, 20, LARGE).memory == own  # of a stack one matrix counts
+    swapped = needs.sensitivity(wide, ["Q8_0"], "plain", 5, 3, 20, LARGE)
+    assert swapped.memory == 4 * (N + 9 * 2048) + 10 * 9 * 2048 + 32 * 100 * 20  # in a swap all of it
 
 
 def test_export_by_hand() -> None:

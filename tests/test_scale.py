@@ -34,6 +34,15 @@ def test_shapes_are_those_published(scale: ModuleType) -> None:
     assert len(experts) == 3 * 58 and {p.experts * p.rows * p.n_in for p in experts} == {256 * 7168 * 2048}
 
 
+def test_every_step_fits_into_a_worker(scale: ModuleType) -> None:
+    model = scale.shape()
+    held = scale.memory(model, scale.WORKERS)
+    assert set(held) == {"calibrate", "sensitivity", "export", "evaluate"}
+    assert max(held.values()) < scale.WORKERS.memory
+    head = (129280, 7168)  # larger than any expert
+    assert held["sensitivity"] == 20 * head[0] * head[1] + 12 * scale.KEEP * sum(head)
+
+
 def test_arithmetic_by_hand(scale: ModuleType) -> None:
     """Calibration and sensitivity on eight cards, with the numbers that stand in the page."""
     model = scale.shape()

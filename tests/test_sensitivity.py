@@ -146,8 +146,8 @@ def _by_the_whole_stack(checkpoint, folder: Path, importance, threads: int) -> d
             error = parameter_error(checkpoint.architecture, name, decoded - weight, fisher.shapes[fisher.unit[name]])
             with one_thread_each(threads) as workers:
                 value, deviation = quadratic_form(samples.projections(error, workers), samples)
-            factor = factors[info.kind] / fisher.tokens
-            found[name, fmt] = (factor * value, factor * deviation, codec.weighted_error(weight, decoded, mean))
+            kld, error = (factors[info.kind] * v / fisher.tokens for v in (value, deviation))
+            found[name, fmt] = (kld, error, codec.weighted_error(weight, decoded, mean))
     return found
 
 
@@ -168,13 +168,13 @@ def test_experts_one_at_a_time_cost_what_their_stack_does(family: str, tmp_path:
         assert {row["predicted_kld"] > 0 for row in rows.values()} == {True}
         for key, values in wanted.items():
             found = tuple(rows[key][column] for column in ("predicted_kld", "predicted_error", "weighted_error"))
-            assert found == pytest.approx(values, 1e-12, 0)
-            print("EXACT", family, mean is None, found == values, [a == b for a, b in zip(found, values)])
+            assert found[:2] == values[:2]  # the same bytes
+            assert found[2] == pytest.approx(values[2], 1e-12)  # without importance summed in another order
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read where Linux tells it")
 def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None:
-    """16 experts of 1 MB in each stack; 20 bytes a weight of the whole would be 84 MB."""
+    """16 experts of 1 MB in each stack: 20 bytes a weight of one are 5 MB, of all of them 84."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 16}
     checkpoint = open_checkpoint(tiny_models.make("qwen3moe", tmp_path / "model", **sizes))
     stack = checkpoint.tensors["blk.0.ffn_down_exps.weight"]
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None
     with Peak() as taken:
         sensitivity(checkpoint, tmp_path, importance, ["Q4_K"], threads=1)
     one = 20 * 512 * 512
-    assert one < taken.bytes < 5 * one < 20 * stack.n_weights / 3
+    assert one < taken.bytes < 4 * one == 20 * stack.n_weights / 4
 
 
 # --- the embedded model -----------------------------------------------------------------------------------------------
