@@ -354,7 +354,9 @@ def evaluate(
         else:
             original = open_checkpoint(files[0], allow_requantize)
             settings: dict[str, Any] = {"text": text or "", "n_ctx": ctx_size, "n_chunks": chunks, "threads": threads}
-            reckoned = reckon.of_evaluation(original, paths, folder, with_mixes=mixes, asked=asked, **settings)
+            reckoned = reckon.of_evaluation(
+                original, paths, folder, with_mixes=mixes, asked=asked, device=device, **settings
+            )
             reckoned.tell(sys.stderr, yes=yes)
             evaluation = measure.against_original(
                 original,

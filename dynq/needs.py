@@ -5,6 +5,10 @@ multiplied by, A the values that its products read and give, V the vocabulary, T
 Constants of time are seconds of one core that multiplies float32 matrices at `CORE` operations a second (a Xeon of
 2023 with AVX-512), measured on dynq-tiny and on a llama of 58 M weights; one matrix product on the machine at hand
 scales them (`Machine.here`). Memory is what comes on top of the idle interpreter. Right to about a factor of two.
+
+With a card the model, its activations and what is multiplied by samples lie there; tensors on their way, encoders and
+export stay on the processor. Time is reckoned for the processor alone: how much faster a card is hangs on what is done
+beside its products, and no product of matrices tells that.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dynq import feedback, formats, memory
+from dynq.calibrate import ON_CARD
 from dynq.codec import cores
+from dynq.devices import CPU, calibration_dtype, check_device, single
 from dynq.layer_inputs import BUDGET
 from dynq.tune import COPIES
 
@@ -77,13 +83,14 @@ PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut
 TRIED = 5  # shrinkages of feedback's seven
 BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
 F32 = 4
+ON_ITS_WAY = 12  # bytes of main memory for each weight of a tensor that goes to a card: read, laid out anew, pinned
 
 
 class Need(NamedTuple):
     """What a step needs. memory, kept, passing, read: bytes; kept stays on the disk, passing goes when the step ends.
 
     flops: operations of matrix products; spent: seconds of a core of `CORE` for all else; begun: seconds that pass
-    whatever the machine. at_once: threads that it can use at most.
+    whatever the machine. at_once: threads that it can use at most. card: bytes on the card, where one computes.
     """
 
     step: str
@@ -95,6 +102,7 @@ class Need(NamedTuple):
     spent: float = 0.0
     begun: float = 0.0
     at_once: int = 1 << 16
+    card: float = 0.0
 
     @property
     def disk(self) -> float:
@@ -108,17 +116,37 @@ class Need(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """threads; flops: of one of them, a second; memory: bytes that are free; read: bytes a second from its disk."""
+    """threads; flops: of one of them, a second; memory: bytes that are free; read: bytes a second from its disk.
+
+    card: bytes that are free on the card that computes, or on all of them; None where the processor does. calibrated:
+    bytes of a weight of a model that is calibrated.
+    """
 
     threads: int
     flops: float
     memory: float
     read: float = READ
+    card: float | None = None
+    calibrated: int = F32
+
+    @property
+    def free(self) -> float:
+        """Bytes that are free where the model is computed."""
+        return self.memory if self.card is None else self.card
+
+    def holds(self, alone: float, card: float, beside: float) -> dict[str, Any]:
+        """Memory of a `Need`. alone: where the processor computes; else what lies on the card, and beside it in main
+        memory."""
+        return {"memory": alone} if self.card is None else {"memory": beside, "card": card}
 
     @classmethod
-    def here(cls, threads: int = 0) -> Machine:
+    def here(cls, threads: int = 0, device: str = CPU) -> Machine:
         """This machine as it is now, in 0.2 s: products of matrices of 512 x 512 on all threads at once, which are
-        slower together than one alone."""
+        slower together than one alone.
+
+        device: where the model is to be computed. DynqError where that is not there.
+        """
+        check_device(device)
         threads = threads or cores()
         a, b = np.random.default_rng(0).normal(size=(2, 512, 512)).astype(np.float32)
 
@@ -134,7 +162,11 @@ class Machine:
             start = time.perf_counter()
             done = sum(workers.map(multiplied, [0.15] * threads))
             spent = time.perf_counter() - start
-        return cls(threads, done * 2 * 512**3 / spent / threads, memory.available())
+        flops, own = done * 2 * 512**3 / spent / threads, memory.available()
+        if single(device) == CPU:
+            return cls(threads, flops, own)
+        calibrated = 2 if calibration_dtype(device) == "bfloat16" else F32
+        return cls(threads, flops, own, card=memory.available(device), calibrated=calibrated)
 
 
 class Product(NamedTuple):
@@ -247,17 +279,22 @@ class Shape:
         """Weights of the largest matrix: of a stack one expert counts."""
         return max(prod(info.shape[-2:]) for info in self.tensors.values())
 
-    def streamed(self, free: float) -> bool:
-        """Whether layers are read one by one (`dynq.memory.fits`)."""
-        return F32 * self.n > memory.for_weights(free)
+    def streamed(self, free: float, weight: int = F32) -> bool:
+        """Whether layers are read one by one (`dynq.memory.fits`). weight: bytes of one."""
+        return weight * self.n > memory.for_weights(free)
 
-    def held(self, free: float) -> float:
+    def held(self, free: float, weight: int = F32) -> float:
         """Bytes of a model in memory: 4 N, or where it is streamed 4 (its ends + its largest layer)."""
-        return F32 * (self.ends + self.layer if self.streamed(free) else self.n)
+        return weight * (self.ends + self.layer if self.streamed(free, weight) else self.n)
 
-    def passes(self, free: float, times: float = 1) -> float:
+    def passes(self, free: float, times: float = 1, weight: int = F32) -> float:
         """Bytes read for so many passes: the source once, and where it is streamed each time."""
-        return self.stored * (times if self.streamed(free) else 1)
+        return self.stored * (times if self.streamed(free, weight) else 1)
+
+    @property
+    def on_its_way(self) -> float:
+        """Bytes of main memory while the model goes to a card."""
+        return float(ON_ITS_WAY * self.largest)
 
     def logits(self, tokens: int) -> float:
         """Bytes of logits, log-probabilities and what is between: 32 for each of V and token."""
@@ -281,19 +318,30 @@ class Shape:
         )
 
 
-def sampled(shape: Shape, step: str, tokens: int, n_ctx: int, *, at_once: int = SAMPLED_AT_ONCE) -> Need:
+def sampled(
+    shape: Shape,
+    step: str,
+    tokens: int,
+    n_ctx: int,
+    machine: Machine,
+    *,
+    at_once: int = SAMPLED_AT_ONCE,
+    weight: int = F32,
+) -> Need:
     """Text that the model writes.
 
-    Memory: the model + keys and values of all conversations, twice. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for
-    each batch, batches 3 + 2 G / (n_ctx conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P /
-    LOADED) + G x n_ctx / 2 x CACHED x keys and values; 4 P operations a token: half of them for padding.
+    weight: bytes of one. Memory: the model + keys and values of all conversations, twice; a card has all of them at
+    once, 2 G / n_ctx. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches 3 + 2 G / (n_ctx
+    conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P / LOADED) + G x n_ctx / 2 x CACHED x keys
+    and values; 4 P operations a token: half of them for padding.
     """
     made = PROMPTS * tokens
     steps = (3 + 2 * made / (at_once * n_ctx)) * n_ctx / 2
     cache = F32 * shape.kv * shape.layers * n_ctx / 2
+    card = weight * (shape.n + max(at_once, 2 * made / n_ctx) * 2 * shape.kv * shape.layers * n_ctx)
     return Need(
         step,
-        memory=F32 * shape.n + 4 * at_once * cache,
+        **machine.holds(F32 * shape.n + 4 * at_once * cache, card, shape.on_its_way),
         read=shape.stored,
         flops=4 * shape.active * made,
         spent=steps * F32 * shape.active / LOADED + made * cache * CACHED,
@@ -305,23 +353,26 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     """Forward, backward, samples.
 
     Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
-    matrix in a layer. Disk: keep x (2 bytes a value + 24 an input) + 8 bytes an input channel, expert and sequence,
-    where q, k and v have one input, gate and up too; in passing, streamed, 4 (layers + 1) T width. 6 P T operations;
-    seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
+    matrix in a layer; on a card two sequences side by side, in bfloat16 half of the model and activations. Disk: keep x
+    (2 bytes a value + 24 an input) + 8 bytes an input channel, expert and sequence, where q, k and v have one input,
+    gate and up too; in passing, streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for
+    each sequence + T V CHOSEN.
     """
-    tokens, streamed = chunks * n_ctx, shape.streamed(machine.memory)
+    free, weight = machine.free, machine.calibrated
+    tokens, streamed = chunks * n_ctx, shape.streamed(free, weight)
     share = 1 / shape.layers if streamed else 1
     side_by_side = min(machine.threads, chunks)
-    each = 8 * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.probed
+    each = 2 * weight * n_ctx * shape.values * share + shape.logits(n_ctx) + 12 * shape.probed
+    model = shape.held(free, weight)
     inputs = {p.reads: p for p in shape.products}.values()
     channels = sum(p.n_in * p.experts for p in inputs)
     kept = keep * (sum(2 * p.rows for p in shape.products) + sum(2 * p.n_in + 24 for p in inputs))
     return Need(
         "calibrate",
-        memory=shape.held(machine.memory) + side_by_side * each,
+        **machine.holds(model + side_by_side * each, model + min(ON_CARD, chunks) * each, shape.on_its_way),
         kept=kept + (8 * chunks + 4) * channels,
         passing=F32 * (shape.layers + 1) * tokens * shape.width if streamed else 0,
-        read=shape.passes(machine.memory, 2),
+        read=shape.passes(free, 2, weight),
         flops=6 * shape.active * tokens,
         spent=3 * shape.forward(tokens) + chunks * shape.n * PROBE + tokens * shape.vocab * CHOSEN,
         at_once=side_by_side,
@@ -334,18 +385,23 @@ def sensitivity(
     """Every tensor encoded, decoded and multiplied by the samples, in every format; some swaps measured.
 
     Memory: 20 bytes a weight of the largest matrix + 12 bytes a value of its samples; for swaps the model, 10 bytes a
-    weight of the largest tensor and logits. Disk in passing: 2 V for each token of the swaps. 2 keep N operations a
-    format (of experts: of one); seconds: encoders + N COMPARED a format + keep V HEAD a format. Each swap is a forward
-    pass.
+    weight of the largest tensor and logits. On a card 12 of the 20 and the samples, and the model. Disk in passing: 2 V
+    for each token of the swaps. 2 keep N operations a format (of experts: of one); seconds: encoders + N COMPARED a
+    format + keep V HEAD a format. Each swap is a forward pass.
     """
     fmts = list(fmts)
-    swaps = 0 if shape.streamed(machine.memory) else swaps
+    swaps = 0 if shape.streamed(machine.free) else swaps
     multiplied = sum(p.rows * p.n_in for p in shape.products)
     passes = (swaps + 1) * swap_tokens if swaps else 0
-    own = 20 * shape.matrix + 12 * keep * max((p.rows + p.n_in for p in shape.products), default=0)
+    samples = 12.0 * keep * max((p.rows + p.n_in for p in shape.products), default=0)
+    swapped = F32 * shape.n + shape.logits(swap_tokens) if swaps else 0.0  # the model where it is computed
     return Need(
         "sensitivity",
-        memory=max(own, F32 * shape.n + 10 * shape.largest + shape.logits(swap_tokens) if swaps else 0),
+        **machine.holds(
+            alone=max(20 * shape.matrix + samples, swapped + 10 * shape.largest if swaps else 0),
+            card=max(12 * shape.matrix + samples, swapped),
+            beside=max(20 * shape.matrix, shape.on_its_way if swaps else 0),
+        ),
         passing=2 * shape.vocab * swap_tokens if swaps else 0,
         read=shape.stored * (2 if swaps else 1),
         flops=2 * keep * multiplied * len(fmts) + 2 * shape.active * passes,
@@ -374,38 +430,42 @@ def export(
     size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
     8 D x row^2 summed over its products (2/3 of `layer_inputs.BUDGET` at most) + (16 D + 60) x the largest row^2;
     tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the teacher; 4 N
-    (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. Disk: the file; in passing its
-    parts. Operations: feedback reads the text (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for each
-    of 5 tries and D guards; tuning 6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2
-    a step of tuning, N MOVED where codes move.
+    (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a card the model, and what
+    tuning holds besides files and a tensor. Disk: the file; in passing its parts. Operations: feedback reads the text
+    (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for each of 5 tries and D guards; tuning 6 P T a
+    pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
+    move.
     """
-    streamed = shape.streamed(machine.memory) or not shape.known
+    streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
     tokens = chunks * n_ctx
     own = 4.9 * shape.matrix + shape.largest
     held, flops, spent = own, 0.0, shape.n * MIXED[level]
+    card, beside = (1.0 * F32 * shape.n, max(own, shape.on_its_way)) if fed_back or tune else (0.0, own)
     if fed_back:
         fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
         rows = {p.name: p.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * domains for p in fed}
         squares = [p.n_in**2 for p in fed]
         hessians = min(8.0 * domains * sum(squares), max(2 / 3 * BUDGET, 8.0 * domains * max(squares)))
-        held = F32 * shape.n + hessians + (16 * domains + 60) * max(squares) + own
+        hessians += (16 * domains + 60) * max(squares) + own
+        held, beside = F32 * shape.n + hessians, max(beside, hessians)  # on a card only where it has room to spare
         flops += 2 * tokens * (shape.active + sum(squares))
         flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
         spent += shape.forward(tokens) + FED_BACK * sum(rows[p.name] * p.n_in for p in fed)
     if tune:
         activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
-        room = memory.for_weights(machine.memory - F32 * shape.n - size)
+        room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        taught = F32 * tokens * shape.width
-        held = max(held, copies * shape.n + 2 * size + F32 * shape.largest + activations + taught)
+        computed = copies * shape.n + activations + F32 * tokens * shape.width
+        held = max(held, computed + 2 * size + F32 * shape.largest)
+        card, beside = computed, max(beside, 2 * size + shape.on_its_way)
         flops += (2 + 6 * tune) * shape.active * tokens + 2 * tune * shape.vocab * shape.width * tokens
         spent += (2 + 3 * tune) * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
         spent += tune * ceil(chunks / 2) * shape.n * (COMPARED / 2 + (MOVED if codes else 0))
     return Need(
         step,
-        memory=held,
+        **machine.holds(held, card, beside),
         kept=size,
         passing=size if fed_back else 0,
         read=shape.stored * (1 + (fed_back or tune > 0)) + 2 * size,
@@ -420,20 +480,22 @@ def evaluate(
     """Files and mixes against the original.
 
     files: their bytes; mixes: encoded in memory; beside: whether the original stays there meanwhile. Memory: the
-    original, then 6 N for the other (4 and 2 for its products in bfloat16), or its largest layer where that is too
-    much + logits of n_ctx tokens. Disk in passing: V T (half of the tokens are scored, 2 bytes). 2 P T operations for
-    each of them and the original; seconds: forward + half T V COMPARED, N for each to decode and each mix to encode.
+    original, then 6 N for the other (4 and 2 for its products in bfloat16; 4 on a card), or its largest layer where
+    that is too much + logits of n_ctx tokens. Disk in passing: V T (half of the tokens are scored, 2 bytes). 2 P T
+    operations for each of them and the original; seconds: forward + half T V COMPARED, N for each to decode and each
+    mix to encode.
     """
     tokens, others = chunks * n_ctx, len(files) + mixes
-    original, second = shape.held(machine.memory), 6.0 * shape.n
-    left = machine.memory - original if beside else machine.memory
+    original, second = shape.held(machine.free), (6.0 if machine.card is None else 4.0) * shape.n
+    left = machine.free - original if beside else machine.free
     if F32 * shape.n > memory.for_weights(left):
         second = F32 * (shape.ends + shape.layer) + 8.0 * tokens * shape.width
+    held = (original + second if beside else max(original, second)) + shape.logits(n_ctx)
     return Need(
         step,
-        memory=(original + second if beside else max(original, second)) + shape.logits(n_ctx),
+        **machine.holds(held, held, shape.on_its_way),
         passing=float(shape.vocab * tokens),
-        read=shape.passes(machine.memory, 1 + mixes) + sum(files),
+        read=shape.passes(machine.free, 1 + mixes) + sum(files),
         flops=2.0 * shape.active * tokens * (1 + others),
         spent=(shape.forward(tokens) + tokens / 2 * shape.vocab * COMPARED) * (1 + others)
         + shape.n * (mixes * MIXED["plain"] + others * COMPARED / 2),

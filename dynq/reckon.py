@@ -48,6 +48,10 @@ class Reckoning:
         return max((need.memory for need in self.needs), default=0.0)
 
     @property
+    def card(self) -> float:
+        return max((need.card for need in self.needs), default=0.0)
+
+    @property
     def peak(self) -> float:
         """Bytes of disk at the most: what the steps before keep, and what one needs in passing."""
         kept = most = 0.0
@@ -58,12 +62,19 @@ class Reckoning:
 
     def table(self) -> str:
         """A line for each step, and for all."""
-        rows = [(n.step, n.memory, n.disk, n.seconds(self.machine)) for n in self.needs]
+        rows = [(n.step, n.memory, n.card, n.disk, n.seconds(self.machine)) for n in self.needs]
         if len(rows) > 1:
-            rows.append(("in all", self.memory, self.peak, self.seconds))
-        about = f"free: {_size(self.machine.memory)} of memory, {_size(self.disk)} of disk; times within a factor of 2"
-        table = text_table([{"step": s, "memory": _size(m), "disk": _size(d), "time": _time(t)} for s, m, d, t in rows])
-        return f"{table}\n{about}, on {self.machine.threads} threads, this machine being as busy as now"
+            rows.append(("in all", self.memory, self.card, self.peak, self.seconds))
+        free = {"memory": self.machine.memory, "the card": self.machine.card, "disk": self.disk}
+        about = ", ".join(f"{_size(n)} of {what}" for what, n in free.items() if n is not None)
+        alone = self.machine.card is None
+        times = "times within a factor of 2" if alone else "times are those without the card"
+        shown = [
+            {"step": s, "memory": _size(m), "card": None if alone else _size(c), "disk": _size(d), "time": _time(t)}
+            for s, m, c, d, t in rows
+        ]
+        said = f"free: {about}; {times}, on {self.machine.threads} threads, this machine being as busy as now"
+        return f"{text_table(shown)}\n{said}"
 
     def lacks(self) -> str:
         """What cannot fit, with the numbers, or ""."""
@@ -73,6 +84,11 @@ class Reckoning:
                 return (
                     f"{need.step} needs about {_size(need.memory)} of memory, {_size(self.machine.memory)} are free; "
                     f"{instead}"
+                )
+            if self.machine.card is not None and NEEDED * need.card > self.machine.card:
+                return (
+                    f"{need.step} needs about {_size(need.card)} of the card's memory, {_size(self.machine.card)} are "
+                    "free; take --device cpu"
                 )
         if self.peak > self.disk:
             return f"about {_size(self.peak)} of disk are needed, {_size(self.disk)} are free; make room"
@@ -92,8 +108,9 @@ class Reckoning:
 def of_run(checkpoint: Checkpoint, steps: Mapping[str, Mapping[str, Any]], folder: RunFolder) -> Reckoning:
     """Of a run: step -> its parameters, as `dynq.run.plan` has them in order. What is done already costs nothing."""
     first = steps["calibrate"]
-    machine = Machine.here(first["threads"])
-    run = _Run(Shape.of(checkpoint), checkpoint, steps, folder, machine)
+    shape = Shape.of(checkpoint)
+    machine = Machine.here(first["threads"], first["device"] if shape.known else "cpu")
+    run = _Run(shape, checkpoint, steps, folder, machine)
     todo = _to_do(steps, folder)
     found = [run.of(step) for step in steps if step in todo]
     tuning = "take -p tune=0, or more memory"
@@ -112,10 +129,11 @@ def of_evaluation(
     with_mixes: bool,
     asked: Asked,
     threads: int | None = None,
+    device: str = "cpu",
 ) -> Reckoning:
     """Of files beside their original, as `dynq.evaluate.files.against_original` takes them. Those that evaluation.json
     has, by their size, cost nothing; MMLU is left out, as long as its questions are not read."""
-    machine, disk = Machine.here(threads or 0), free_disk(folder.path)
+    machine, disk = Machine.here(threads or 0, device), free_disk(folder.path)
     measured = folder.read_json("evaluation.json") if (folder / "evaluation.json").exists() else {}
     known = {entry.get("file_bytes") for entry in measured.get("files", [])}
     sizes = [size for path in files if path.is_file() and (size := float(path.stat().st_size)) not in known]
@@ -125,12 +143,12 @@ def of_evaluation(
     chunks = n_chunks * max(1, len(text_files(text)))
     found = []
     if not text_files(text) and not (folder / "text.json").exists():
-        found.append(needs.sampled(shape, "text", n_chunks * n_ctx, n_ctx))
+        found.append(needs.sampled(shape, "text", n_chunks * n_ctx, n_ctx, machine))
     mixes = MIXES * len(sizes) if with_mixes else 0
     found.append(needs.evaluate(shape, "evaluate", sizes, mixes, chunks, n_ctx, machine, beside=False))
     if asked.greedy:
         answers = asked.greedy * ANSWER_TOKENS * (1 + len(sizes))
-        found.append(needs.sampled(shape, "greedy answers", answers, 2 * ANSWER_TOKENS))
+        found.append(needs.sampled(shape, "greedy answers", answers, 2 * ANSWER_TOKENS, machine))
     if asked.where:
         passes = [0.0] * COST_GROUPS * len(sizes)  # forward passes of one file, a layer restored for each
         found.append(needs.evaluate(shape, "where", passes, 0, min(COST_CHUNKS, chunks), n_ctx, machine, beside=False))
@@ -140,7 +158,7 @@ def of_evaluation(
 def whole(step: str, reckoning: Reckoning) -> Need:
     """A run as one need: the most memory, all disk that it leaves and needs in passing, all seconds."""
     kept = sum(need.kept for need in reckoning.needs)
-    return Need(step, reckoning.memory, kept, reckoning.peak - kept, begun=reckoning.seconds)
+    return Need(step, reckoning.memory, kept, reckoning.peak - kept, begun=reckoning.seconds, card=reckoning.card)
 
 
 def free_disk(path: Path) -> float:
@@ -187,8 +205,10 @@ class _Run:
         found = self._text("calibrate", own["text"], own["n_chunks"], own["n_ctx"])
         found.append(needs.calibrate(self.shape, own["n_chunks"], own["n_ctx"], own["keep"], self.machine))
         stacks = any(product.experts > 1 for product in self.shape.products)
-        if own["top_up"] and stacks and not own["imatrix"] and not self.shape.streamed(self.machine.memory):
-            found.append(needs.sampled(self.shape, step, own["top_up"] * own["n_ctx"], own["n_ctx"], at_once=8))
+        free, weight = self.machine.free, self.machine.calibrated
+        if own["top_up"] and stacks and not own["imatrix"] and not self.shape.streamed(free, weight):
+            more = own["top_up"] * own["n_ctx"], own["n_ctx"], self.machine
+            found.append(needs.sampled(self.shape, step, *more, at_once=8, weight=weight))
         return found
 
     def _text(self, split: str, spec: str, n_chunks: int, n_ctx: int) -> list[Need]:
@@ -196,7 +216,8 @@ class _Run:
         settings = {"n_ctx": n_ctx, "n_chunks": n_chunks}
         if text_files(spec) or (made.get("state") == "done" and settings.items() <= made["parameters"].items()):
             return []
-        return [needs.sampled(self.shape, split, n_chunks * n_ctx, n_ctx)]
+        weight = self.machine.calibrated if split == "calibrate" else needs.F32
+        return [needs.sampled(self.shape, split, n_chunks * n_ctx, n_ctx, self.machine, weight=weight)]
 
     def _sensitivity(self, step: str, own: Mapping[str, Any]) -> list[Need]:
         first = self.steps["calibrate"]
@@ -211,8 +232,9 @@ class _Run:
             return []
         from dynq.search import parse_seconds
 
-        memory = 2 * needs.F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
-        return [Need(step, memory, begun=parse_seconds(own["search"]))]
+        held = 2 * needs.F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
+        placed = self.machine.holds(held, held, 20.0 * self.shape.largest)
+        return [Need(step, **placed, begun=parse_seconds(own["search"]))]
 
     def _export(self, step: str, own: Mapping[str, Any]) -> list[Need]:
         first = self.steps["calibrate"]
@@ -223,8 +245,8 @@ class _Run:
         size, passes = self._bytes(own["target"]), own["tune"] if known else 0
         made = needs.export(self.shape, step, size, level, passes, *text, self.machine, codes=own["tune_codes"])
         found = [made]
-        if own["chat"] and known and not self.shape.streamed(self.machine.memory):
-            found.append(needs.sampled(self.shape, step, 2 * 3 * own["n_tokens"], 2 * own["n_tokens"]))
+        if own["chat"] and known and not self.shape.streamed(self.machine.free):
+            found.append(needs.sampled(self.shape, step, 2 * 3 * own["n_tokens"], 2 * own["n_tokens"], self.machine))
         return found
 
     def _bytes(self, target: str) -> float:
@@ -254,7 +276,8 @@ def _sum(parts: Sequence[Need]) -> Need:
     passing = max(part.passing for part in parts)
     sums = {name: sum(getattr(part, name) for part in parts) for name in ("read", "flops", "spent", "begun")}
     at_once = min(part.at_once for part in parts)
-    return Need(parts[0].step, max(part.memory for part in parts), kept, passing, **sums, at_once=at_once)
+    memory, card = (max(getattr(part, name) for part in parts) for name in ("memory", "card"))
+    return Need(parts[0].step, memory, kept, passing, **sums, at_once=at_once, card=card)
 
 
 def _size(n: float) -> str:

@@ -127,6 +127,89 @@ def test_evaluate_by_hand() -> None:
     assert tight.memory == 4 * N + layer + 32 * 100 * 10  # the original is there, the other is read layer by layer
 
 
+# --- with a card ------------------------------------------------------------------------------------------------------
+
+CARD = Machine(4, CORE, 1e12, card=1e12, calibrated=2)
+WAY = 12 * 8192  # of the largest tensor
+
+
+def with_card(free: float) -> Machine:
+    return replace(CARD, card=free)
+
+
+def test_calibration_on_a_card_by_hand() -> None:
+    """The model in bfloat16, two sequences side by side; a card that does not take it has a layer at a time."""
+    need = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=CARD)
+    assert need.card == 2 * N + 2 * (4 * 10 * A + 32 * 100 * 10 + 12 * 8192) and need.memory == WAY
+    alone = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=LARGE)
+    assert alone.card == 0 and need == alone._replace(memory=WAY, card=need.card)  # time, disk and all else
+    exact = needs.calibrate(shape(), chunks=1, n_ctx=10, keep=5, machine=replace(CARD, calibrated=4))
+    assert exact.card == 4 * N + 8 * 10 * A + 32 * 100 * 10 + 12 * 8192
+    assert needs.calibrate(shape(), 3, 10, 5, with_card(3 * N)).card == need.card
+    layers = needs.calibrate(shape(), 3, 10, 5, with_card(2.5 * N))
+    held = 2 * (2 * 6400 + 4096 + 8192 + 64)
+    assert layers.card == held + 2 * (4 * 10 * A / 2 + 32 * 100 * 10 + 12 * 8192)
+    assert layers.read == 4 * N and layers.passing == 4 * 3 * 30 * 64
+
+
+def test_sampling_on_a_card_by_hand() -> None:
+    """All conversations at once: 90 tokens computed for 60 of text, 9 conversations of 20."""
+    need = needs.sampled(shape(), "text", 60, 20, CARD, at_once=2, weight=2)
+    assert need.card == 2 * (N + 9 * 2 * 64 * 2 * 20) and need.memory == WAY
+    assert needs.sampled(shape(), "text", 60, 20, LARGE, at_once=2).memory == 4 * N + 4 * 2 * 4 * 64 * 2 * 10
+
+
+def test_sensitivity_on_a_card_by_hand() -> None:
+    """Tensors are encoded on the processor, errors and samples lie on the card; so does a model that is swapped."""
+    own = 12 * 8192 + 12 * 5 * 192
+    need = needs.sensitivity(shape(), ["Q8_0"], "plain", 5, 0, 20, CARD)
+    assert (need.memory, need.card) == (20 * 8192, own)
+    need = needs.sensitivity(shape(), ["Q8_0"], "plain", 5, 3, 20, CARD)
+    assert (need.memory, need.card) == (20 * 8192, 4 * N + 32 * 100 * 20)
+    assert needs.sensitivity(shape(), ["Q8_0"], "plain", 5, 3, 20, with_card(5 * N)).card == own  # no swaps
+
+
+def test_export_on_a_card_by_hand() -> None:
+    own, squares = 4.9 * 8192 + 8192, 3 * 64**2
+    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 10, 2, CARD)
+    assert (plain.memory, plain.card) == (own, 0)
+    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, CARD)
+    assert (fed.memory, fed.card) == (8 * 2 * squares + (16 * 2 + 60) * 64**2 + own, 4 * N)
+    activations = 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64  # what the teacher's head reads among them
+    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, CARD)
+    assert tuned.memory == 2 * 1000 + WAY and tuned.card == pytest.approx(8.7 * N + activations)
+    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, CARD, codes=True)
+    assert moved.card == 32 * N + activations
+    tight = with_card(40 * N)  # of which 36 are left, and 27 may be taken
+    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, tight, codes=True) == tuned
+    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 10, 2, with_card(4 * N))
+    assert (streamed.memory, streamed.card, streamed.passing) == (own, 0, 0)
+
+
+def test_evaluation_on_a_card_by_hand() -> None:
+    """Both in float32."""
+    need = needs.evaluate(shape(), "evaluate", [1000.0], 2, 3, 10, CARD, beside=True)
+    assert (need.memory, need.card) == (WAY, 8 * N + 32 * 100 * 10)
+    tight = needs.evaluate(shape(), "e", [1000.0], 0, 3, 10, with_card(6 * N), beside=True)
+    assert tight.card == 4 * N + 4 * (2 * 6400 + 4096 + 8192 + 64) + 8 * 30 * 64 + 32 * 100 * 10
+
+
+def test_a_card_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(needs, "check_device", asked.append)
+    monkeypatch.setattr(needs, "single", lambda device: "cpu" if device == "cpu" else "cuda:0")
+    monkeypatch.setattr(needs, "calibration_dtype", lambda device: {"auto": "bfloat16", "cuda": "float32"}[device])
+    free = {"cpu": 1000, "auto": 300, "cuda": 200}
+    monkeypatch.setattr("dynq.memory.available", lambda device="cpu": free[device])
+    found = [needs.Machine.here(1, device) for device in ("cpu", "auto", "cuda")]
+    assert [(m.memory, m.card, m.calibrated, m.free) for m in found] == [
+        (1000, None, 4, 1000),
+        (1000, 300, 2, 300),
+        (1000, 200, 4, 200),
+    ]
+    assert asked == ["cpu", "auto", "cuda"]
+
+
 def test_machine_is_measured_within_a_second() -> None:
     machine = Machine.here(2)
     assert machine.threads == 2 and 1e8 < machine.flops < 1e13 and machine.memory > 0

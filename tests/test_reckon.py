@@ -56,6 +56,46 @@ def test_memory_is_refused_with_numbers_and_what_to_do() -> None:
     Reckoning([Need("export.3bpw", 8.5 * 2**30)], MACHINE, 1e9, {}).tell(io.StringIO())  # within the reckoning's error
 
 
+def test_what_does_not_fit_on_the_card_is_refused_with_numbers() -> None:
+    card = replace(MACHINE, card=2 * 2**30)
+    own = [Need("calibrate", 2**20, begun=70, card=2.1 * 2**30), Need("evaluate", 2**20, card=10 * 2**30)]
+    shown = io.StringIO()
+    Reckoning(own[:1], card, 1e9, {}).tell(shown)  # within the reckoning's error
+    lines = shown.getvalue().splitlines()
+    assert lines[0].split() == ["step", "memory", "card", "disk", "time"] and "2.1 GiB" in lines[1]
+    assert lines[2].startswith("free: 8 GiB of memory, 2 GiB of the card, 954 MiB of disk; times are those without")
+    said = "evaluate needs about 10 GiB of the card's memory, 2 GiB are free; take --device cpu, or --yes"
+    with pytest.raises(DynqError, match=said):
+        Reckoning(own, card, 1e9, {}).tell(io.StringIO())
+    assert Reckoning(own, card, 1e9, {}).card == 10 * 2**30
+
+
+def test_a_run_on_a_card_is_reckoned_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def here(threads: int = 0, device: str = "cpu") -> Machine:
+        asked.append(device)
+        return replace(MACHINE, card=None if device == "cpu" else 2e9, calibrated=4 if device == "cpu" else 2)
+
+    monkeypatch.setattr(Machine, "here", here)
+    checkpoint, folder = open_checkpoint("dynq-tiny"), RunFolder(tmp_path / "run")
+    tasks = runner.plan("dynq-tiny", [TARGET], folder, PARAMETERS | {"device": "cuda"})
+    steps = {task.step: task.parameters for task in tasks}
+    on_card = reckon.of_run(checkpoint, steps, folder)
+    alone = reckon.of_run(checkpoint, steps_of(folder), folder)
+    assert asked == ["cuda", "cpu"] and alone.card == 0
+    uses = {need.step.partition(".")[0]: need.card > 0 for need in on_card.needs}
+    assert uses == {"calibrate": True, "sensitivity": True, "allocate": False, "export": True, "evaluate": True}
+    assert on_card.memory < alone.memory and on_card.lacks() == ""
+    assert "of the card's memory" in replace(on_card, machine=replace(on_card.machine, card=1e6)).lacks()
+    searched = {step: own | ({"search": "1min"} if "search" in own else {}) for step, own in steps.items()}
+    allocate = next(n for n in reckon.of_run(checkpoint, searched, folder).needs if n.step.startswith("allocate"))
+    assert allocate.card > 2 * 4 * checkpoint.n_weights
+    unknown = open_checkpoint(unknown_models.make("gpt2", tmp_path / "gpt2.gguf"))
+    reckon.of_run(unknown, steps, folder)
+    assert asked[-1] == "cpu"  # it is not run
+
+
 def steps_of(folder: RunFolder, *targets: str) -> dict:
     tasks = runner.plan("dynq-tiny", targets or [TARGET], folder, PARAMETERS)
     return {task.step: task.parameters for task in tasks}
