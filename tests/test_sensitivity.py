@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path) -> None
     with Peak() as taken:
         sensitivity(checkpoint, tmp_path, importance, ["Q4_K"], threads=1)
     one = 20 * 512 * 512
-    assert one < taken.bytes < 4 * one == 20 * stack.n_weights / 4
+    assert one < taken.bytes < 3 * one < 20 * stack.n_weights / 5
 
 
 # --- the embedded model -----------------------------------------------------------------------------------------------
