@@ -19,7 +19,8 @@ import transformers
 from dynq import architectures, needs
 from dynq.allocate import candidates
 from dynq.checkpoint import TensorInfo
-from dynq.needs import CORE, MIXED, Machine, Need, Shape
+from dynq.machine import CORE, Machine
+from dynq.needs import MIXED, Need, Shape
 
 CONFIG = {
     "model_type": "deepseek_v3",

@@ -4,7 +4,7 @@ Arithmetic on a `Shape`; the docstring of each function has its formula. N are a
 multiplied by, A the values that its products read and give, V the vocabulary, T the tokens of a text, D its domains.
 Constants of time are seconds of one core that multiplies float32 matrices at `CORE` operations a second (a Xeon of
 2023 with AVX-512), measured on dynq-tiny and on a llama of 58 M weights; one matrix product on the machine at hand
-scales them (`Machine.here`). Memory is what comes on top of the idle interpreter. Right to about a factor of two.
+scales them (`dynq.machine`). Memory is what comes on top of the idle interpreter. Right to about a factor of two.
 
 With a card the model, its activations and what is multiplied by samples lie there; tensors on their way, encoders and
 export stay on the processor. Time is reckoned for the processor alone: how much faster a card is hangs on what is done
@@ -13,29 +13,21 @@ beside its products, and no product of matrices tells that.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from threadpoolctl import threadpool_limits
-
 from dynq import feedback, formats, memory
 from dynq.calibrate import ON_CARD
-from dynq.codec import cores
-from dynq.devices import CPU, calibration_dtype, check_device, single
 from dynq.layer_inputs import BUDGET
+from dynq.machine import CORE, F32, Machine
 from dynq.tune import COPIES
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
 
-CORE = 155e9  # operations a second of the core of all that follows
-READ = 1.7e9  # bytes a second of BF16 that one thread reads, widens and looks through: less than a common SSD gives
 LOADED = 4e9  # bytes of weights a second from memory, one thread, where few tokens are multiplied by them
 FORWARD = 2.5e-9  # seconds for each value that a product reads or gives: norms, activations, attention
 PROBE = 3.5e-9  # for each weight and sequence: the cross-token factor's rounding error
@@ -82,7 +74,6 @@ SAMPLED_AT_ONCE = 64  # conversations, `dynq.text`
 PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
 TRIED = 5  # shrinkages of feedback's seven
 BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
-F32 = 4
 ON_ITS_WAY = 12  # bytes of main memory for each weight of a tensor that goes to a card: read, laid out anew, pinned
 
 
@@ -112,61 +103,6 @@ class Need(NamedTuple):
         """read / disk's bytes a second + (flops / CORE + spent) x CORE / core's speed / threads + begun."""
         cores = (self.flops / CORE + self.spent) * CORE / machine.flops
         return self.read / machine.read + cores / min(machine.threads, self.at_once) + self.begun
-
-
-@dataclass(frozen=True)
-class Machine:
-    """threads; flops: of one of them, a second; memory: bytes that are free; read: bytes a second from its disk.
-
-    card: bytes that are free on the card that computes, or on all of them; None where the processor does. calibrated:
-    bytes of a weight of a model that is calibrated.
-    """
-
-    threads: int
-    flops: float
-    memory: float
-    read: float = READ
-    card: float | None = None
-    calibrated: int = F32
-
-    @property
-    def free(self) -> float:
-        """Bytes that are free where the model is computed."""
-        return self.memory if self.card is None else self.card
-
-    def holds(self, alone: float, card: float, beside: float) -> dict[str, Any]:
-        """Memory of a `Need`. alone: where the processor computes; else what lies on the card, and beside it in main
-        memory."""
-        return {"memory": alone} if self.card is None else {"memory": beside, "card": card}
-
-    @classmethod
-    def here(cls, threads: int = 0, device: str = CPU) -> Machine:
-        """This machine as it is now, in 0.2 s: products of matrices of 512 x 512 on all threads at once, which are
-        slower together than one alone.
-
-        device: where the model is to be computed. DynqError where that is not there.
-        """
-        check_device(device)
-        threads = threads or cores()
-        a, b = np.random.default_rng(0).normal(size=(2, 512, 512)).astype(np.float32)
-
-        def multiplied(seconds: float) -> int:
-            end, n = time.perf_counter() + seconds, 0
-            while time.perf_counter() < end:
-                a @ b
-                n += 1
-            return n
-
-        with threadpool_limits(1), ThreadPoolExecutor(threads) as workers:
-            list(workers.map(multiplied, [0.05] * threads))  # threads begin, clocks settle
-            start = time.perf_counter()
-            done = sum(workers.map(multiplied, [0.15] * threads))
-            spent = time.perf_counter() - start
-        flops, own = done * 2 * 512**3 / spent / threads, memory.available()
-        if single(device) == CPU:
-            return cls(threads, flops, own)
-        calibrated = 2 if calibration_dtype(device) == "bfloat16" else F32
-        return cls(threads, flops, own, card=memory.available(device), calibrated=calibrated)
 
 
 class Product(NamedTuple):

@@ -13,7 +13,8 @@ from dynq.allocate import candidates, parse_target, target_bytes
 from dynq.errors import DynqError
 from dynq.evaluate.tasks import ANSWER_TOKENS, COST_CHUNKS, COST_GROUPS, Asked
 from dynq.folder import RunFolder, file_safe
-from dynq.needs import Machine, Need, Shape
+from dynq.machine import F32, Machine
+from dynq.needs import Need, Shape
 from dynq.recipe import Recipe
 from dynq.tables import text_table
 from dynq.text import text_files
@@ -216,7 +217,7 @@ class _Run:
         settings = {"n_ctx": n_ctx, "n_chunks": n_chunks}
         if text_files(spec) or (made.get("state") == "done" and settings.items() <= made["parameters"].items()):
             return []
-        weight = self.machine.calibrated if split == "calibrate" else needs.F32
+        weight = self.machine.calibrated if split == "calibrate" else F32
         return [needs.sampled(self.shape, split, n_chunks * n_ctx, n_ctx, self.machine, weight=weight)]
 
     def _sensitivity(self, step: str, own: Mapping[str, Any]) -> list[Need]:
@@ -232,7 +233,7 @@ class _Run:
             return []
         from dynq.search import parse_seconds
 
-        held = 2 * needs.F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
+        held = 2 * F32 * self.shape.n + self.shape.logits(self.steps["calibrate"]["n_ctx"])
         placed = self.machine.holds(held, held, 20.0 * self.shape.largest)
         return [Need(step, **placed, begun=parse_seconds(own["search"]))]
 

@@ -9,11 +9,12 @@ import pytest
 import tiny_models
 from peak import Peak
 
-from dynq import codec, needs
+from dynq import codec, machine, needs
 from dynq.calibrate import calibrate
 from dynq.checkpoint import TensorInfo, open_checkpoint
 from dynq.export import export
-from dynq.needs import CORE, Machine, Need, Shape
+from dynq.machine import CORE, Machine
+from dynq.needs import Need, Shape
 from dynq.recipe import Recipe
 from dynq.sensitivity import sensitivity
 from dynq.torch_model import load_model
@@ -196,12 +197,12 @@ def test_evaluation_on_a_card_by_hand() -> None:
 
 def test_a_card_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(needs, "check_device", asked.append)
-    monkeypatch.setattr(needs, "single", lambda device: "cpu" if device == "cpu" else "cuda:0")
-    monkeypatch.setattr(needs, "calibration_dtype", lambda device: {"auto": "bfloat16", "cuda": "float32"}[device])
+    monkeypatch.setattr(machine, "check_device", asked.append)
+    monkeypatch.setattr(machine, "single", lambda device: "cpu" if device == "cpu" else "cuda:0")
+    monkeypatch.setattr(machine, "calibration_dtype", lambda device: {"auto": "bfloat16", "cuda": "float32"}[device])
     free = {"cpu": 1000, "auto": 300, "cuda": 200}
     monkeypatch.setattr("dynq.memory.available", lambda device="cpu": free[device])
-    found = [needs.Machine.here(1, device) for device in ("cpu", "auto", "cuda")]
+    found = [Machine.here(1, device) for device in ("cpu", "auto", "cuda")]
     assert [(m.memory, m.card, m.calibrated, m.free) for m in found] == [
         (1000, None, 4, 1000),
         (1000, 300, 2, 300),

@@ -16,7 +16,8 @@ from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate.tasks import Asked
 from dynq.folder import RunFolder
-from dynq.needs import CORE, Machine, Need
+from dynq.machine import CORE, Machine
+from dynq.needs import Need
 from dynq.reckon import Reckoning
 from dynq.sweep import Sweep, reckoned
 
