@@ -119,7 +119,7 @@ class Checkpoint:
         requantized: bool = False,
         packed: dict[str, bytes] | None = None,
         notes: list[str] | None = None,
-        read_matrix: Callable[[str, int], np.ndarray] | None = None,
+        matrices: Callable[[str], Iterator[np.ndarray]] | None = None,
     ) -> None:
         self.name = name
         self.path = path
@@ -133,7 +133,7 @@ class Checkpoint:
         self.files = files
         self.packed = packed or {}
         self.notes = notes or []
-        self._read, self._read_matrix = read, read_matrix
+        self._read, self._matrices = read, matrices
         self._stamps = [_stamp(file) for file in files]
 
     @property
@@ -170,20 +170,17 @@ class Checkpoint:
         shape = self.tensors[name].shape
         if len(shape) != 3:
             yield self.read(name)
-            return
-        read = self._read_matrix
-        whole = None if read else self.read(name)
-        for i in range(shape[0]):
-            if whole is not None:
-                yield whole[i]
-                continue
-            assert read is not None
-            try:
-                with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
-                    matrix = np.ascontiguousarray(read(name, i), dtype=np.float32)
-            finally:
-                self.check_unchanged()
-            yield matrix
+        elif self._matrices is None:
+            yield from self.read(name)
+        else:
+            found = self._matrices(name)
+            for i in range(shape[0]):
+                try:
+                    with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
+                        matrix = np.ascontiguousarray(next(found), dtype=np.float32)
+                finally:
+                    self.check_unchanged()
+                yield matrix
 
     @cached_property
     def fingerprint(self) -> str:
@@ -302,9 +299,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
             f"{stored.towers} tensors for images or sound are left out: llama.cpp takes them from a projector file "
             "(mmproj-*.gguf); keep the publisher's beside the result"
         )
-    return Checkpoint(
-        name, path, architecture, metadata, tensors, read, files, notes=notes, read_matrix=stored.read_matrix
-    )
+    return Checkpoint(name, path, architecture, metadata, tensors, read, files, notes=notes, matrices=stored.matrices)
 
 
 def _general(path: Path, architecture: Architecture, n_weights: int) -> dict[str, Any]:
@@ -415,6 +410,9 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         safetensors_reader.check_finite(array, f"{path}: tensor {n}")
         return array
 
+    def matrices(n: str) -> Iterator[np.ndarray]:
+        return (read(n, i) for i in range(shapes[n][0]))
+
     metadata = {key: value for key, value in fields.items() if not _NOT_CARRIED.match(key)}
     notes = []
     if not architecture.known:
@@ -435,7 +433,7 @@ def _open_gguf(path: Path, allow_requantize: bool) -> Checkpoint:
         bool(quantized),
         {key: packed[key] for key in metadata if key in packed and fields[key] is whole[key]},
         notes,
-        read,
+        matrices,
     )
 
 

@@ -10,7 +10,7 @@ whether it is finite while it is in the core's cache. In memory is the result al
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -374,16 +374,19 @@ class Directory:
             _finite(self._found[part], name, out[i])
         return out
 
-    def read_matrix(self, name: str, i: int) -> np.ndarray:
-        """The i-th matrix of a stack, as `read` gives them all."""
+    def matrices(self, name: str) -> Iterator[np.ndarray]:
+        """The matrices of a stack, as `read` gives them all, one after the other."""
         slot = self._slots[name]
-        if whole := self._found.get(slot.parameter):
-            if len(whole.shape) < 3:  # stacked in GGUF alone, as the heads of DeepSeek's kv_b are
-                return self.read(name)[i]
-            return slot.take(_finite(whole.one(i), name))[0]
-        part = self._found[self._names(slot)[i]]
-        _check_shape(part, self.shapes[name][1:], f"the stack {name}")
-        return _finite(part, name)
+        whole = self._found.get(slot.parameter)
+        if whole is None:
+            for part in self._names(slot):
+                _check_shape(self._found[part], self.shapes[name][1:], f"the stack {name}")
+                yield _finite(self._found[part], name)
+        elif len(whole.shape) < 3:  # a stack in GGUF alone, as the heads of DeepSeek's kv_b are
+            yield from self.read(name)
+        else:
+            for i in range(whole.shape[0]):
+                yield slot.take(_finite(whole.one(i), name))[0]
 
 
 def _finite(item: _Readable, name: str, out: np.ndarray | None = None) -> np.ndarray:
