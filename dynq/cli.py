@@ -43,9 +43,9 @@ Examples:
 
   dynq run ./my-model --target 8GB --text chats.jsonl --eval-text held-out.txt --out runs/mine
 
-  dynq run model-f16.gguf --target 4bpw --pin "token_embd.weight=Q8_0" -p n_chunks=64 --out runs/pinned
+  dynq run model-f16.gguf --target 4bpw --pin "token_embd.weight=Q8_0" -p n_chunks=256 --out runs/pinned
 
-  dynq run Qwen/Qwen3-0.6B --target 3bpw --search 10min -p n_chunks=64 --out runs/searched
+  dynq run Qwen/Qwen3-0.6B --target 3bpw --search 10min -p n_chunks=256 --out runs/searched
 
   dynq run s3://bucket/my-model --target 4bpw --out runs/copied   # copied once to ~/.cache/dynq, or $DYNQ_CACHE
 
@@ -173,7 +173,7 @@ An example of FILE:
 
   seeds: [0, 1]                         # default: [0]
 
-  parameters: {n_chunks: 64, tune: 10}  # as after -p of `dynq run`
+  parameters: {n_chunks: 256, tune: 3} # as after -p of `dynq run`
 
 The same command again goes on where it was cut off, and does again what failed.
 """
