@@ -1,6 +1,9 @@
 """One quick run of the whole job, which several tests look at."""
 
+import fcntl
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,12 +57,24 @@ def dynq_command(*arguments, cwd=None, python=sys.executable, **environment):
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The run folder of a quick run on the embedded model, and what the command said."""
+    """The run folder of a quick run on the embedded model, and what the command said.
+
+    Of several test processes one makes it, and each has a copy.
+    """
     pytest.importorskip("xllamacpp")
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    done = dynq_command(*ARGUMENTS, "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    base, folder = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("quick") / "run"
+    made = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "quick run" / "run"
+    made.parent.mkdir(exist_ok=True)
+    with (made.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = made.parent / "said.json"
+        if not said.exists():
+            done = dynq_command(*ARGUMENTS, "--out", made)
+            said.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    code, *texts = json.loads(said.read_text())
+    assert code == 0, texts[1]
+    shutil.copytree(made, folder)
+    return folder, subprocess.CompletedProcess([], code, *(text.replace(str(made), str(folder)) for text in texts))
 
 
 def same_products(a: Path, b: Path) -> list[str]:
