@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,14 @@ def killed(folder: Path, notebook: str, seconds: float) -> bool:
 
 def kill(process: psutil.Popen) -> bool:
     """Kill -9 a run and its children; whether it was still running."""
-    family = [process, *process.children(recursive=True)] if process.is_running() else []
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
     running = process.poll() is None
     for one in family:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # a child that has just ended
+            one.kill()
     process.wait()
     psutil.wait_procs(family)
     process.stderr.close()
