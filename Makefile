@@ -1,4 +1,4 @@
-# make demo: install and run the main job on the embedded model.   make test: the tests.   make test-ui: those in a browser.   make lab: JupyterLab.
+# make demo: install and take a first look at the embedded model.   make test: the tests.   make test-ui: those in a browser.   make lab: JupyterLab.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -12,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/dynq run dynq-tiny --target 3.5bpw --out runs/demo
+	$(BIN)/dynq run dynq-tiny --target 3.5bpw --quick --out runs/quick
 
 test: .venv/installed
 	$(BIN)/python -m pytest tests --ignore=tests/ui -n 2 --dist worksteal

@@ -37,7 +37,7 @@ Workers = Annotated[
 EXAMPLES = """
 Examples:
 
-  dynq run dynq-tiny --target 3.5bpw --quick --out runs/demo
+  dynq run dynq-tiny --target 3.5bpw --quick --out runs/quick
 
   dynq run Qwen/Qwen3-0.6B --target 3.5bpw --target like:Q4_K_M --out runs/qwen
 

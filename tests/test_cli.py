@@ -22,7 +22,7 @@ RUN = ("run", "dynq-tiny", "--target", "3bpw")
 def test_help_has_examples():
     done = dynq_command("run", "--help", COLUMNS="100")
     assert done.returncode == 0
-    assert "dynq run dynq-tiny --target 3.5bpw --quick --out runs/demo" in done.stdout
+    assert "dynq run dynq-tiny --target 3.5bpw --quick --out runs/quick" in done.stdout
     assert "--search 10min" in done.stdout
     for option in (
         "--text",
