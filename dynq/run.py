@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
 QUICK = {"n_chunks": 16, "n_swaps": 0, "encoding": "search", "tune": 0, "eval_chunks": 8}
-"""Parameters of a first look: half the quality, a small part of the time (README, "Quality")."""
+"""Parameters of a first look; what they cost in quality and spare in time: LOG, "Quality"."""
 _FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
 _LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_swaps": 0, "swap_chunks": 1, "top_up": 0}

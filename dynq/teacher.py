@@ -19,8 +19,8 @@ from dynq.progress import progress
 class Teacher:
     """A model's answers to tokens int ``[n_chunks, n_ctx]``, at every position that has a token behind it.
 
-    Runs the model once. In memory: 4 bytes for each token and input of the head, on the model's device. Something that
-    `kld.measure` compares with (`kld.Base`).
+    Runs the model once, without its head. In memory: 4 bytes for each token and input of the head, on the model's
+    device. Something that `kld.measure` compares with (`kld.Base`).
     """
 
     first, floor = 0, None
@@ -28,14 +28,12 @@ class Teacher:
     def __init__(self, checkpoint: Checkpoint, model: Any, tokens: np.ndarray, desc: str):
         self.tokens = tokens
         self._head, self._after = model.get_output_embeddings(), checkpoint.architecture.logits
-        self._read: list[torch.Tensor] = []
-        hook = self._head.register_forward_pre_hook(lambda _, args: self._read.append(args[0][0, :-1].clone()))
-        try:
-            with torch.no_grad():
-                for chunk in progress(tokens, desc=desc, unit="chunk") if desc else tokens:
-                    model(input_ids=torch.from_numpy(chunk[None].astype(np.int64)).to(model.device), use_cache=False)
-        finally:
-            hook.remove()
+        chunks = torch.from_numpy(tokens.astype(np.int64))
+        with torch.no_grad():
+            self._read = [
+                model.model(input_ids=ids[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
+                for ids in (progress(chunks, desc=desc, unit="chunk") if desc else chunks)
+            ]
 
     @property
     def n_vocab(self) -> int:
