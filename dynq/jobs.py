@@ -193,10 +193,14 @@ def _record(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _lives(record: Mapping[str, Any]) -> bool:
-    """Whether the job's process is there: number and hour of birth, for numbers are used again."""
+    """Whether the job's process is there: number and hour of birth, for numbers are used again.
+
+    A process counts as a zombie as soon as its first thread has ended; it has the lock until the last one has.
+    """
     try:
         process = psutil.Process(record["pid"])
-        return process.create_time() == record["born"] and process.status() != psutil.STATUS_ZOMBIE
+        ended = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+        return process.create_time() == record["born"] and not ended
     except psutil.NoSuchProcess:
         return False
 

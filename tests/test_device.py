@@ -38,8 +38,9 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def tokens(tiny: Checkpoint) -> np.ndarray:
-    readme = str(Path(__file__).parents[1] / "README.md")
-    return load_text(readme, load_tokenizer(tiny), n_ctx=64, n_chunks=4, seed=0).tokens
+    """A fixed text: what is compared below must not change with the words of a page."""
+    prompts = str(Path(__file__).parents[1] / "dynq" / "data" / "prompts.jsonl")
+    return load_text(prompts, load_tokenizer(tiny), n_ctx=64, n_chunks=4, seed=0).tokens
 
 
 # --- a device that is not there ---------------------------------------------------------------------------------------
@@ -106,13 +107,22 @@ def _calibrated(
 
 
 def _alike(one: tuple[Importance, np.ndarray], other: tuple[Importance, np.ndarray]) -> None:
+    """Judged by root mean squares over a tensor's columns: over texts, processors and the order of sums they stay as
+    they are (0.008 to 0.0105 with bfloat16), where the one column of 37,000 that is furthest off wanders
+    (0.036 to 0.060)."""
     (first, costs), (second, others) = one, other
     for name in first.sums:
         np.testing.assert_allclose(second.sums[name].sum(), first.sums[name].sum(), rtol=0.005)
-        np.testing.assert_allclose(second.mean(name), first.mean(name), rtol=0.05)
+        assert _rms(second.mean(name) / first.mean(name) - 1) < 0.0125
+        np.testing.assert_allclose(second.mean(name), first.mean(name), rtol=0.1)
     assert np.corrcoef(np.log(costs), np.log(others))[0, 1] > 0.9995
     assert others.sum() / costs.sum() == pytest.approx(1, abs=0.01)
-    np.testing.assert_allclose(others, costs, rtol=0.05)
+    assert _rms(others / costs - 1) < 0.02
+    np.testing.assert_allclose(others, costs, rtol=0.1)
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 @pytest.fixture

@@ -68,6 +68,26 @@ def test_job_that_has_written_its_end_runs_until_its_process_is_gone(tmp_path):
     assert Job(RunFolder(tmp_path)).look().state == "running"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux ends a process of several threads")
+def test_job_runs_until_its_last_thread_has_ended(tmp_path):
+    """Its first thread is gone, and the system calls the process a zombie; but it has the lock still."""
+    folder = RunFolder(tmp_path)
+    ends = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(2,)).start(); "
+    with folder.lock() as lock:
+        command = [sys.executable, "-c", f"{ends}ctypes.CDLL(None).pthread_exit(None)"]
+        process = subprocess.Popen(command, pass_fds=[lock.fileno()])
+    born = psutil.Process(process.pid)
+    record(folder, pid=born.pid, born=born.create_time())
+    until(lambda: born.status() == psutil.STATUS_ZOMBIE, 30)
+    assert Job(folder).look().state == "running"
+    with pytest.raises(DynqError, match="works in this folder"), folder.lock():
+        pass
+    assert Job(folder).wait(30).state == "killed"
+    with folder.lock():  # free at once
+        pass
+    process.wait()
+
+
 def test_damaged_record_is_said(tmp_path):
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(DynqError, match=r"job\.json: not readable"):
