@@ -15,7 +15,7 @@ import logging
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
@@ -125,7 +125,7 @@ def tasks(
     total: int | None = None,
     desc: str = "",
     unit: str = "task",
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`function` of each item, in order, with a progress bar: here, one by one, or by the workers of a cluster.
 
     function: of a module, or a `functools.partial` of one; it and the items are sent, so they hold little. items:

@@ -59,11 +59,11 @@ class Metric:
     def of(cls, h: Array, group: int) -> "Metric":
         xp = namespace(h)
         own = xp.stack([h[i : i + group, i : i + group] for i in range(0, len(h), group)])
-        root = _upper(own)
-        return cls(single(h), _upper(h), single(root), single(xp.linalg.inv(root)))
+        root = upper(own)
+        return cls(single(h), upper(h), single(root), single(xp.linalg.inv(root)))
 
 
-def _upper(h: Array) -> Array:
+def upper(h: Array) -> Array:
     """R upper triangular with H = R R^T."""
     xp, both = namespace(h), (-2, -1)
     try:

@@ -11,6 +11,8 @@ tr(D H D^T)``, D = W - What, H = X^T X. It is made small in three ways, the bloc
 3. after each sweep the best super-block floats d and dmin by least squares. Steps 2 and 3 are taken only where they
    lower ``tr(D H D^T)``.
 
+Rows are independent in this; with the gradients of the outputs they make up for each other too (`dynq.coupling`).
+
 An H of few inputs or domains is not the H of others. It is shrunk toward its diagonal by a fraction, the largest that
 errs at most `TOLERANCE` more than the best on inputs kept aside, and a larger one where a domain that is left out of
 the fit would lose. Where none serves, the tensor is encoded plainly.
@@ -18,11 +20,12 @@ the fit would lose. Where none serves, the tensor is encoded plainly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from dynq import codec, formats
+from dynq import codec, coupling, formats
 from dynq.compensate import Metric, encode_rows, on_card, shrunk
 from dynq.errors import DynqError
 from dynq.kernels import scales
@@ -58,7 +61,8 @@ class Encoded:
     """data uint8 [..., row_bytes]; level: what was chosen, `feedback`, `search` or `plain`.
 
     shrinkage: of the Hessian, None without feedback. ratios: error on each of the inputs kept aside / plain's, of the
-    rows that were tried; empty where nothing could be judged. reason: why there is no feedback, or "".
+    rows that were tried; empty where nothing could be judged. reason: why there is no feedback, or "". coupled: error
+    ``tr(G D H D^T)`` on what is kept aside over that of rows alone, 1 where rows are alone.
     """
 
     data: np.ndarray
@@ -66,6 +70,7 @@ class Encoded:
     shrinkage: float | None
     ratios: tuple[float, ...]
     reason: str
+    coupled: float = 1.0
 
 
 def hessian(inputs: np.ndarray, token_weights: np.ndarray | None = None) -> Hessian:
@@ -102,6 +107,7 @@ def encode(
     aside: Inputs | Sequence[Inputs],
     importance: np.ndarray | None = None,
     *,
+    gradients: tuple[np.ndarray, np.ndarray] | None = None,
     guard: bool = True,
     threads: int | None = None,
     device: str = "cpu",
@@ -113,6 +119,8 @@ def encode(
     both are fitted.
     importance: float32 [n], of the plain encoding that feedback is measured against and falls back to; default: the
     mean square of all inputs.
+    gradients: sums of |x|^2 g g^T [rows, rows] over tokens, x their inputs and g the gradient at their outputs
+    (`dynq.output_gradients`), to fit and kept aside. With them rows are coupled where that pays on what is kept aside.
     guard: protect domains that were not calibrated. Each fitted domain is left out once and must not lose; this takes
     at least two domains. False where the model will see nothing but what is fitted here.
     device: as torch names it; the processor where a card has no room for the Hessians. On a card sums of products come
@@ -171,11 +179,38 @@ def encode(
                 reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
                 continue
             data = _feedback(weights, form, both.matrix, SHRINKAGE[at], threads)
-            return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "")
+            told = SHRINKAGE[at], tuple(map(float, ratios[at])), ""
+            if gradients is None:
+                return Encoded(data, "feedback", *told)
+            data, coupled = _coupled(weights, form, both.matrix, SHRINKAGE[at], threads, data, gradients, kept)
+            return Encoded(data, "feedback", *told, coupled)
     better = bool((search <= GAIN * plain).all())
     level = "search" if better else "plain"
     won = (search if better else plain)[judged] / plain[judged]
     return Encoded(candidates[level], level, None, tuple(map(float, won)), reason)
+
+
+def _coupled(
+    weights: np.ndarray,
+    form: scales.Grid,
+    h: Array,
+    shrinkage: float,
+    threads: int | None,
+    alone: np.ndarray,
+    gradients: tuple[np.ndarray, np.ndarray],
+    kept: Sequence[Hessian],
+) -> tuple[np.ndarray, float]:
+    """Bytes with rows coupled and their `Encoded.coupled`; those of rows alone, and 1, where that does not pay."""
+    factor = coupling.factor(*gradients)
+    if factor is None:
+        return alone, 1.0
+    data = _feedback(weights, form, h, shrinkage, threads, factor)
+    judge = host(_sum(kept, weights.shape[1]).matrix)
+    new, old = (
+        coupling.error(weights, codec.dequantize(each, form.name, threads=threads), gradients[1], judge)
+        for each in (data, alone)
+    )
+    return (data, new / old) if old > 0 and new <= coupling.GAIN * old else (alone, 1.0)
 
 
 def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> str:
@@ -249,17 +284,30 @@ def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
     return Hessian(sum((h.matrix for h in parts), total), sum(h.tokens for h in parts))
 
 
-def _feedback(weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> np.ndarray:
-    """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]."""
-    rows, n = weights.shape
+def _feedback(
+    weights: np.ndarray,
+    form: scales.Grid,
+    h: Array,
+    shrinkage: float,
+    threads: int | None,
+    factor: np.ndarray | None = None,
+) -> np.ndarray:
+    """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]. factor: of `coupling.factor`."""
+    n = weights.shape[1]
     metric = Metric.of(shrunk(h, shrinkage), form.group)
-    if not isinstance(h, np.ndarray):  # all rows at once keep a card busy
-        with namespace(h).cuda.device_of(h):
-            return encode_rows(weights, form, metric, on_card())
-    out = np.empty((rows, formats.row_bytes(form.name, n)), np.uint8)
 
-    def work(part: slice) -> None:
-        out[part] = encode_rows(weights[part], form, metric)
+    def encoded(weights: np.ndarray) -> np.ndarray:
+        if not isinstance(h, np.ndarray):  # all rows at once keep a card busy
+            with namespace(h).cuda.device_of(h):
+                return encode_rows(weights, form, metric, on_card())
+        out = np.empty((len(weights), formats.row_bytes(form.name, n)), np.uint8)
 
-    codec.spread(work, rows, ROWS, threads)
-    return out
+        def work(part: slice) -> None:
+            out[part] = encode_rows(weights[part], form, metric)
+
+        codec.spread(work, len(weights), ROWS, threads)
+        return out
+
+    if factor is None:
+        return encoded(weights)
+    return coupling.encode(weights, factor, encoded, partial(codec.dequantize, fmt=form.name, threads=threads))

@@ -1,4 +1,8 @@
-"""What the layers of a model read, and its tensors encoded by that: errors fed back, see `dynq.feedback`."""
+"""What the layers of a model read, and its tensors encoded by that: errors fed back, see `dynq.feedback`.
+
+Rows of a tensor are coupled too (`dynq.coupling`) where it has at most `WIDE`, or as many as columns: of others the
+gradients would take more memory and time than the inputs, and are less correlated (LOG.md).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +19,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from threadpoolctl import threadpool_limits
 
-from dynq import feedback
+from dynq import codec, feedback, memory, output_gradients
 from dynq.checkpoint import Checkpoint
 from dynq.cluster import tasks
 from dynq.devices import free
@@ -27,7 +33,7 @@ from dynq.kernels import scales
 from dynq.kernels.on_card import usable
 from dynq.layerwise import reader
 from dynq.progress import progress
-from dynq.threads import each, one_thread_each
+from dynq.threads import each, in_order, one_thread_each
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
 
 ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far the others are trusted
 BUDGET = 8 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
+WIDE = 2048  # rows that are coupled also where columns are less
 _ROWS = 1024  # of a Hessian that a thread sums up at once; the bytes depend on it
 _BYTES = 4 + 8  # of an entry: as it is summed up, and as `feedback.encode` works on it
 
@@ -65,48 +72,89 @@ def feed_back(
     modules = {} if reader(model) else _modules(checkpoint, model)
     unread = "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
     fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
-    entry = 2 * len(set(domains)) * _BYTES
-    sizes = {name: entry * checkpoint.tensors[name].row ** 2 if name in fed else 0 for name in chosen}
+    sizes = {name: _size(checkpoint, name, len(set(domains))) if name in fed else 0 for name in chosen}
     device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
-    function = partial(_encoded, checkpoint, guard, 1 if cluster else threads, "cpu" if cluster else device)
+    if cluster:
+        encode = partial(tasks, partial(_encoded, checkpoint, guard, 1, "cpu"), cluster=cluster, unit="tensor")
+    else:
+        most = max((_working(checkpoint, name, len(set(domains))) for name in fed), default=1)
+        cores = threads or codec.cores()
+        at_once = max(1, min(cores, memory.available() // (2 * most))) if device == "cpu" else 1
+        encode = partial(
+            in_order, partial(_encoded, checkpoint, guard, max(1, cores // at_once), device), count=at_once
+        )
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
             missing = [n for n, part in made.items() if not _holds(part, chosen[n])]
             reading = {name: modules[name] for name in missing if name in fed}
-            read: dict[str, Any] = collect(model, reading, tokens, domains, threads=threads) if reading else {}
+            inputs = collect(model, reading, tokens, domains, threads=threads) if reading else {}
+            layers = {
+                n: (layer, _rows(checkpoint, n, layer)) for n, layer in reading.items() if _is_coupled(checkpoint, n)
+            }
+            gradients = output_gradients.collect(model, layers, tokens, threads=threads)
+            read: dict[str, Any] = {name: Read(*both, gradients.get(name)) for name, both in inputs.items()}
             if cluster:
                 read = _written(read, parts / "hessians")
             why = {name: f"{chosen[name]} has no feedback" if name in modules else unread for name in missing}
             means = ((name, importance_of(checkpoint, name, importance)) for name in missing)
             todo = (_Todo(name, chosen[name], mean, read.get(name) or why[name]) for name, mean in means)
-            results = tasks(function, todo, cluster, unit="tensor")
-            for name in bunch:
-                if name in missing:
-                    data, told = next(results)
-                    with replacing(made[name]) as beside:
-                        save_file({"data": data}, beside, {"told": json.dumps(told)})
-                with safe_open(made[name], framework="np") as file:
-                    yield name, chosen[name], file.get_tensor("data")
-                bar.update(1)
+            # within the limit of each encoder, which would restore another's while that one works
+            with threadpool_limits(limits=1, user_api="blas"), closing(encode(items=todo)) as results:
+                for name in bunch:
+                    if name in missing:
+                        data, told = next(results)
+                        with replacing(made[name]) as beside:
+                            save_file({"data": data}, beside, {"told": json.dumps(told)})
+                    with safe_open(made[name], framework="np") as file:
+                        yield name, chosen[name], file.get_tensor("data")
+                    bar.update(1)
     finally:
         bar.close()
         shutil.rmtree(parts / "hessians", ignore_errors=True)
 
 
-Inputs = tuple[list[feedback.Hessian], list[feedback.Hessian]]
-"""Hessians to fit, and those that judge."""
+class Read(NamedTuple):
+    """What a tensor's layer read and gave out: Hessians to fit, and those that judge; gradients: of its outputs, see
+    `feedback.encode`."""
+
+    fit: list[feedback.Hessian]
+    aside: list[feedback.Hessian]
+    gradients: tuple[np.ndarray, np.ndarray] | None
 
 
 class _Todo(NamedTuple):
-    """A tensor to encode. inputs: of its layer, or the file that they are in, or why there are none."""
+    """A tensor to encode. read: by its layer, or the files that it is in, or why there is nothing."""
 
     name: str
     format: str
     mean: np.ndarray | None
-    inputs: Inputs | Path | str
+    read: Read | tuple[Path, Path | None] | str
+
+
+def _size(checkpoint: Checkpoint, name: str, domains: int) -> int:
+    """Bytes of what is collected for a tensor."""
+    info = checkpoint.tensors[name]
+    return 2 * _BYTES * (domains * info.row**2 + (info.shape[0] ** 2 if _is_coupled(checkpoint, name) else 0))
+
+
+def _working(checkpoint: Checkpoint, name: str, domains: int) -> int:
+    """Bytes that encoding a tensor takes at the most, beside what is collected."""
+    rows, row = checkpoint.tensors[name].shape
+    return (16 * domains + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0) + 25 * rows * row
+
+
+def _is_coupled(checkpoint: Checkpoint, name: str) -> bool:
+    rows, row = checkpoint.tensors[name].shape
+    return rows <= max(row, WIDE)
+
+
+def _rows(checkpoint: Checkpoint, name: str, layer: torch.nn.Linear) -> np.ndarray:
+    """Which output of its layer each row of a tensor is, int64 [rows]."""
+    outputs = np.broadcast_to(np.arange(layer.out_features)[:, None], tuple(layer.weight.shape))
+    return np.array(checkpoint.architecture.slot_of(name).gather(outputs)[:, 0])
 
 
 def _encoded(
@@ -114,43 +162,50 @@ def _encoded(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Bytes of a tensor, and what `reports` tells of it."""
     told: dict[str, Any] = {"tensor": todo.name, "format": todo.format}
-    inputs = todo.inputs
-    if isinstance(inputs, str):
+    read = todo.read
+    if isinstance(read, str):
         data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
-        return data, told | {"level": "search", "shrinkage": None, "ratios": [], "reason": inputs}
-    fit, aside = _read(inputs) if isinstance(inputs, Path) else inputs
+        return data, told | {"level": "search", "shrinkage": None, "ratios": [], "reason": read, "coupled": 1.0}
+    fit, aside, gradients = read if isinstance(read, Read) else _read(*read)
     order = checkpoint.architecture.slot_of(todo.name).cols
     if order is not None:
         fit, aside = ([h.ordered(order) for h in some] for some in (fit, aside))
-    settings: dict[str, Any] = {"guard": guard, "threads": threads, "device": device}
+    settings: dict[str, Any] = {"gradients": gradients, "guard": guard, "threads": threads, "device": device}
     made = feedback.encode(checkpoint.read(todo.name), todo.format, fit, aside, todo.mean, **settings)
     told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
-    return made.data, told
+    return made.data, told | {"coupled": made.coupled}
 
 
-def _written(read: Mapping[str, Inputs], folder: Path) -> dict[str, Path]:
-    """Name -> a file with its inputs, for workers to read; layers that read the same have one file."""
+def _written(read: Mapping[str, Read], folder: Path) -> dict[str, tuple[Path, Path | None]]:
+    """Name -> files with its inputs and its gradients, for workers to read; layers that read the same have one file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     files: dict[int, Path] = {}
     found = {}
-    for name, (fit, aside) in read.items():
+    for name, (fit, aside, gradients) in read.items():
         same = [*fit, *aside][0].matrix.ctypes.data
         if same not in files:
             files[same] = folder / f"{len(files)}.safetensors"
             parts = {f"fit.{i:05d}": h for i, h in enumerate(fit)} | {f"aside.{i:05d}": h for i, h in enumerate(aside)}
             tokens = json.dumps({part: h.tokens for part, h in parts.items()})
             save_file({part: h.matrix for part, h in parts.items()}, files[same], {"tokens": tokens})
-        found[name] = files[same]
+        own = None
+        if gradients is not None:
+            own = folder / f"{name}.safetensors"
+            save_file(dict(zip(("fit", "aside"), gradients, strict=True)), own)
+        found[name] = files[same], own
     return found
 
 
-def _read(file: Path) -> Inputs:
-    with safe_open(file, framework="np") as kept:
+def _read(inputs: Path, outputs: Path | None) -> Read:
+    with safe_open(inputs, framework="np") as kept:
         tokens = json.loads(kept.metadata()["tokens"])
         found = {name: feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in sorted(tokens)}
     fit, aside = ([h for name, h in found.items() if name.startswith(kind)] for kind in ("fit.", "aside."))
-    return fit, aside
+    if outputs is None:
+        return Read(fit, aside, None)
+    with safe_open(outputs, framework="np") as kept:
+        return Read(fit, aside, (kept.get_tensor("fit"), kept.get_tensor("aside")))
 
 
 def _part(parts: Path, name: str) -> Path:
@@ -173,7 +228,8 @@ def _told(part: Path) -> dict[str, Any]:
 
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, ratios (the squared output error
-    on the chunks kept aside over plain encoding's, domain after domain) and gain, their geometric mean (1 of none)."""
+    on the chunks kept aside over plain encoding's, domain after domain), gain, their geometric mean (1 of none), and
+    coupled, see `feedback.Encoded`."""
     found = []
     for name in names:
         told = _told(_part(parts, name))
@@ -183,13 +239,14 @@ def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def expected_kld(table: pyarrow.Table, told: Sequence[Mapping[str, Any]]) -> float:
     """What a sensitivity table of plain encodings predicts once errors are fed back: the sum over tensors of predicted
-    KLD times the mean ratio of output errors, which is the ratio of the quadratic forms where tokens weigh alike.
+    KLD times the mean ratio of output errors, which is the ratio of the quadratic forms where tokens weigh alike, times
+    what coupling brought.
 
     table: of level `plain`. told: as `reports` gives it, of formats that the table has; other tensors count as without
     loss.
     """
     plain = {(row["tensor"], row["format"]): row["predicted_kld"] for row in table.to_pylist()}
-    return sum(plain.get((entry["tensor"], entry["format"]), 0.0) * entry["gain"] for entry in told)
+    return sum(plain.get((entry["tensor"], entry["format"]), 0.0) * entry["gain"] * entry["coupled"] for entry in told)
 
 
 def _modules(checkpoint: Checkpoint, model: Any) -> dict[str, torch.nn.Linear]:

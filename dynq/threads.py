@@ -7,10 +7,14 @@ and a sampled text from the first token that hangs on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -43,6 +47,23 @@ def each(workers: ThreadPoolExecutor, step: Callable[[int], None], items: Iterab
     finally:
         for future in futures:
             future.cancel()
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], count: int) -> Generator[Result, None, None]:
+    """`function` of each item, in order, so many side by side; what has not begun is left out when one fails, or when
+    no more are asked for."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(count) as workers:
+        try:
+            for item in items:
+                waiting.append(workers.submit(function, item))
+                if len(waiting) > count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def first_calls() -> None:
