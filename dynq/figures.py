@@ -229,13 +229,16 @@ def search_steps(lines: Sequence[Mapping[str, Any]]) -> Picture:
 
 
 def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, TensorInfo]") -> Picture:
-    """Output error of each fed-back tensor over plain encoding's, by kind. told: of `dynq.layer_inputs.reports`."""
+    """Output error of each fed-back tensor over plain encoding's, by kind; in the table also what coupling its rows
+    brought beside that. told: of `dynq.layer_inputs.reports`."""
     by_kind: dict[str, list[tuple[str, float]]] = {}
+    coupled: dict[str, list[float]] = {}
     left: dict[str, list[Mapping[str, Any]]] = {}
     for entry in told:
         kind = tensors[entry["tensor"]].kind
         if entry["level"] == "feedback":
             by_kind.setdefault(kind, []).append((entry["tensor"], entry["gain"]))
+            coupled.setdefault(kind, []).append(entry["coupled"])
         elif tensors[entry["tensor"]].quantizable:
             left.setdefault(kind, []).append(entry)
     figure = go.Figure()
@@ -263,14 +266,19 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
         {
             "kind": kind,
             "fed back": len(points := by_kind.get(kind, [])),
-            "mean": math.exp(sum(math.log(r) for _, r in points) / len(points)) if points else None,
+            "mean": _geometric([r for _, r in points]),
             "worst": max(r for _, r in points) if points else None,
+            "rows coupled": _geometric(coupled.get(kind, [])),
             "not fed back": len(others := left.get(kind, [])),
             "because": "; ".join(dict.fromkeys(entry["reason"] for entry in others)),
         }
         for kind in dict.fromkeys([*by_kind, *left])
     ]
     return Picture(figure, html_table(rows, "Squared output error over that of plain encoding"))
+
+
+def _geometric(ratios: Sequence[float]) -> float | None:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
 
 def bytes_by_format(recipe: "Recipe", tensors: "Mapping[str, TensorInfo]") -> Picture:

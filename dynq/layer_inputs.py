@@ -215,7 +215,8 @@ def _part(parts: Path, name: str) -> Path:
 def _holds(part: Path, fmt: str) -> bool:
     """Whether a part is there, whole, and of this format."""
     try:
-        return bool(_told(part)["format"] == fmt)
+        told = _told(part)
+        return bool(told["format"] == fmt and "coupled" in told)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return False  # it is made anew
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynq import feedback, formats, memory
 from dynq.calibrate import ON_CARD
-from dynq.layer_inputs import BUDGET
+from dynq.layer_inputs import BUDGET, WIDE
 from dynq.machine import CORE, F32, Machine
 from dynq.tune import COPIES
 
@@ -364,13 +364,15 @@ def export(
     """Encode, feed back, tune, write.
 
     size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
-    8 D x row^2 summed over its products (2/3 of `layer_inputs.BUDGET` at most) + (16 D + 60) x the largest row^2;
-    tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the teacher; 4 N
-    (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a card the model, and what
-    tuning holds besides files and a tensor. Disk: the file; in passing its parts. Operations: feedback reads the text
-    (2 P T + 2 T x row^2) and encodes, 8 x row a weight and 4 row^3 for each of 5 tries and D guards; tuning 6 P T a
-    pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes
-    move.
+    8 D x row^2 + 8 x rows^2 (where rows are coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, +
+    the largest (16 D + 60) x row^2 + 60 x rows^2, of one tensor (more are encoded side by side where there is room), or
+    for each thread a sequence forward and backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk
+    forward and backward + 4 T x width of the teacher; 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
+    which there must be room. On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in
+    passing its parts. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a
+    weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning
+    6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where
+    codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -381,13 +383,19 @@ def export(
     if fed_back:
         fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
         rows = {p.name: p.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * domains for p in fed}
-        squares = [p.n_in**2 for p in fed]
-        hessians = min(8.0 * domains * sum(squares), max(2 / 3 * BUDGET, 8.0 * domains * max(squares)))
-        hessians += (16 * domains + 60) * max(squares) + own
-        held, beside = F32 * shape.n + hessians, max(beside, hessians)  # on a card only where it has room to spare
-        flops += 2 * tokens * (shape.active + sum(squares))
+        wide = {p.name: p.rows if p.rows <= max(p.n_in, WIDE) else 0 for p in fed}  # rows that are coupled
+        sums = [8.0 * (domains * p.n_in**2 + wide[p.name] ** 2) for p in fed]
+        hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums))
+        backward = 8 * n_ctx * shape.values + shape.logits(n_ctx)
+        encoding = max((16 * domains + 60) * p.n_in**2 + 60 * wide[p.name] ** 2 for p in fed) + own
+        at_once = min(machine.threads, chunks)
+        held = F32 * shape.n + hessians + max(encoding, at_once * backward)
+        card, beside = card + backward, max(beside, hessians + encoding)  # Hessians only where it has room to spare
+        flops += 6 * tokens * shape.active + 2 * tokens * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
         flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
-        spent += shape.forward(tokens) + FED_BACK * sum(rows[p.name] * p.n_in for p in fed)
+        flops += sum(r * (8 * p.n_in**2 + 2 * r * p.n_in + 18 * r**2) for p in fed if (r := wide[p.name]))
+        spent += 4 * shape.forward(tokens) + tokens * shape.vocab * CHOSEN
+        spent += FED_BACK * sum((rows[p.name] + wide[p.name]) * p.n_in for p in fed)
     if tune:
         activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))

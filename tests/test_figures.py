@@ -196,7 +196,7 @@ def test_static_display_is_one_page_with_its_table(monkeypatch, static):
 
 def test_nothing_fed_back_is_said_in_the_picture():
     infos = {"blk.0.attn_q.weight": TensorInfo("blk.0.attn_q.weight", (256, 256), "BF16")}
-    told = {"tensor": "blk.0.attn_q.weight", "format": "Q4_K", "reason": "too little text", "gain": 1.0}
+    told = {"tensor": "blk.0.attn_q.weight", "format": "Q4_K", "reason": "too little text", "gain": 1.0, "coupled": 1.0}
     empty = figures.feedback_gain([told | {"level": "search"}], infos)
     assert "no tensor is fed back" in empty.figure.layout.annotations[0].text and "too little text" in empty.table
     assert not figures.feedback_gain([told | {"level": "feedback", "gain": 0.8}], infos).figure.layout.annotations

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 
-from dynq import feedback, layer_inputs
+from dynq import feedback, layer_inputs, output_gradients
 from dynq.checkpoint import open_checkpoint
 from dynq.encoding import quantize_tensor
 from dynq.errors import DynqError
@@ -106,8 +106,12 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
     inputs = collect(model, {name: module}, tokens, DOMAINS)[name]
     mean = importance.mean(name, checkpoint.tensors[name].row)
-    by_hand = feedback.encode(checkpoint.read(name), "Q4_0", *inputs, mean, threads=1)
+    rows = layer_inputs._rows(checkpoint, name, module)
+    gradients = output_gradients.collect(model, {name: (module, rows)}, tokens)[name]
+    by_hand = feedback.encode(checkpoint.read(name), "Q4_0", *inputs, mean, gradients=gradients, threads=1)
     assert np.array_equal(by_hand.data, whole[name][1])
+    assert by_hand.coupled == told[name]["coupled"]
+    assert sum(entry["coupled"] < 1 for entry in told.values()) > 5, told
     for n in ("token_embd.weight", "blk.1.ffn_down.weight"):
         assert np.array_equal(whole[n][1], quantize_tensor(checkpoint, n, chosen[n], importance, "search", 1))
 
@@ -123,6 +127,10 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     again = run(tmp_path / "b")
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert all(np.array_equal(again[n][1], whole[n][1]) for n in chosen)
+
+    # so are those with several threads
+    stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "c", threads=3)
+    assert all(np.array_equal(data, whole[name][1]) for name, _, data in stream)
 
     # a part of another format is made anew
     other = dict(chosen, **{name: "Q4_1"})
@@ -141,6 +149,24 @@ def test_a_single_text_is_fed_back_without_the_guard(parts_of, tmp_path) -> None
     for _ in feed_back(checkpoint, chosen, importance, model, tokens, ["a"] * len(tokens), tmp_path / "p", threads=1):
         pass
     assert [entry["level"] for entry in reports(tmp_path / "p", list(chosen))].count("feedback") > 5
+
+
+def test_gradients_are_in_the_order_of_rows(parts_of, tmp_path, monkeypatch) -> None:
+    """Of a layer whose rows GGUF orders otherwise (halves of a head that are rotated)."""
+    checkpoint, model, tokens = parts_of
+    name, layer = "blk.1.attn_q.weight", model.model.layers[1].self_attn.q_proj
+    slot = checkpoint.architecture.slot_of(name)
+    assert not slot.same
+    given = {}
+    encode = feedback.encode
+    monkeypatch.setattr(feedback, "encode", lambda *args, **how: given.update(how) or encode(*args, **how))
+    list(feed_back(checkpoint, {name: "Q4_0"}, None, model, tokens, DOMAINS, tmp_path / "p", threads=1))
+    everything = np.arange(layer.out_features)
+    as_torch = output_gradients.collect(model, {name: (layer, everything)}, tokens, threads=1)[name]
+    for own, theirs in zip(given["gradients"], as_torch, strict=True):
+        size = np.broadcast_to(theirs.diagonal()[:, None], tuple(layer.weight.shape))
+        np.testing.assert_array_equal(own.diagonal(), slot.gather(size)[:, 0])
+        assert not np.array_equal(own.diagonal(), theirs.diagonal())
 
 
 def test_inputs_are_in_the_order_of_columns(tmp_path, monkeypatch) -> None:

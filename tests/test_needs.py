@@ -101,11 +101,16 @@ def test_export_by_hand() -> None:
     assert plain.memory == 4.9 * 8192 + 8192 and (plain.kept, plain.passing, plain.flops) == (1000, 0, 0)
     assert plain.spent == pytest.approx(N * needs.MIXED["search"])
     fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, LARGE)
-    squares = 3 * 64**2  # of three layers; experts are not fed back
-    assert fed.memory == 4 * N + 8 * 2 * squares + (16 * 2 + 60) * 64**2 + plain.memory
+    squares, wide = 3 * 64**2, (64, 128, 100)  # of three layers, all coupled; experts are not fed back
+    sums, encoding = 8 * (2 * squares + sum(r**2 for r in wide)), (16 * 2 + 60) * 64**2 + 60 * 128**2 + plain.memory
+    assert fed.memory == 4 * N + sums + encoding
     assert fed.passing == 1000
     rows = [64 + 768, 128 + 768, 100 + 768]
-    assert fed.flops == 2 * 30 * (P + squares) + sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows)
+    assert fed.flops == 30 * (6 * P + 2 * (squares + sum(r**2 for r in wide))) + sum(
+        8 * r * 64**2 + 4 * 7 * 64**3 for r in rows
+    ) + sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in wide)
+    long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 1000, 2, LARGE)
+    assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
     assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64)
     assert tuned.passing == 0 and tuned.flops == 14 * P * 30 + 2 * 2 * 6400 * 30
@@ -175,7 +180,9 @@ def test_export_on_a_card_by_hand() -> None:
     plain = needs.export(shape(), "export", 1000, "search", 0, 3, 10, 2, CARD)
     assert (plain.memory, plain.card) == (own, 0)
     fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, CARD)
-    assert (fed.memory, fed.card) == (8 * 2 * squares + (16 * 2 + 60) * 64**2 + own, 4 * N)
+    sums = 8 * (2 * squares + 64**2 + 128**2 + 100**2)
+    assert fed.memory == sums + (16 * 2 + 60) * 64**2 + 60 * 128**2 + own
+    assert fed.card == 4 * N + 8 * 10 * A + 32 * 100 * 10
     activations = 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64  # what the teacher's head reads among them
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, CARD)
     assert tuned.memory == 2 * 1000 + WAY and tuned.card == pytest.approx(8.7 * N + activations)
