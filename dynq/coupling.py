@@ -30,9 +30,11 @@ F = np.float32
 def factor(fit: np.ndarray, aside: np.ndarray) -> np.ndarray | None:
     """R float64 [rows, rows] of both, shrunk by what serves the gradients kept aside; None where nothing does.
 
-    fit, aside: sums of |x|^2 g g^T [rows, rows] over tokens of different passages.
+    fit, aside: sums of |x|^2 g g^T [rows, rows] over tokens of different passages. Where they are not finite nothing
+    is coupled.
     """
-    if not (fit.diagonal().any() and aside.diagonal().any()):
+    fit, aside = fit.astype(np.float64), aside.astype(np.float64)
+    if not all(np.isfinite(part).all() and part.diagonal().any() for part in (fit, aside)):
         return None
     expected = np.array([expected_error(fit, aside, shrinkage) for shrinkage in SHRINKAGE])
     best = expected.min()

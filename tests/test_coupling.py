@@ -76,6 +76,19 @@ def test_what_tells_nothing_couples_nothing() -> None:
     assert coupling.factor(moments(4000, 64, 0), moments(1000, 64, 1)) is not None
 
 
+def test_outputs_that_hardly_matter_or_not_at_all() -> None:
+    """Rows without a gradient, and with one a billion times as small: in float32 the factor would be lost."""
+    size = np.ones(64, F)
+    size[:8], size[8:16] = 0, 1e-9
+    fit, aside = (moments(tokens, 64, seed) * size[:, None] * size for seed, tokens in enumerate((4000, 1000)))
+    R = coupling.factor(fit, aside)
+    assert R is not None and R.dtype == np.float64 and np.isfinite(R).all()
+    data = coupling.encode(gaussian(64, 64), R, rounded, lambda band: band)
+    assert np.abs(data - gaussian(64, 64))[:16].max() < 0.02  # those are left where they are
+    aside[0, 0] = np.nan
+    assert coupling.factor(fit, aside) is None
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "IQ3_XXS", "Q4_0"])
 def test_encoding_gains_on_other_gradients(name: str) -> None:
     weights, n = gaussian(128, 256), 256
