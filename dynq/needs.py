@@ -380,28 +380,27 @@ def export(
     own = 4.9 * shape.matrix + shape.largest
     held, flops, spent = own, 0.0, shape.n * MIXED[level]
     card, beside = (1.0 * F32 * shape.n, max(own, shape.on_its_way)) if fed_back or tune else (0.0, own)
+    sequence = 8 * n_ctx * shape.values + shape.logits(n_ctx)  # forward and backward
     if fed_back:
         fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
         rows = {p.name: p.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * domains for p in fed}
         wide = {p.name: p.rows if p.rows <= max(p.n_in, WIDE) else 0 for p in fed}  # rows that are coupled
         sums = [8.0 * (domains * p.n_in**2 + wide[p.name] ** 2) for p in fed]
         hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums))
-        backward = 8 * n_ctx * shape.values + shape.logits(n_ctx)
         encoding = max((16 * domains + 60) * p.n_in**2 + 60 * wide[p.name] ** 2 for p in fed) + own
         at_once = min(machine.threads, chunks)
-        held = F32 * shape.n + hessians + max(encoding, at_once * backward)
-        card, beside = card + backward, max(beside, hessians + encoding)  # Hessians only where it has room to spare
+        held = F32 * shape.n + hessians + max(encoding, at_once * sequence)
+        card, beside = card + sequence, max(beside, hessians + encoding)  # Hessians only where it has room to spare
         flops += 6 * tokens * shape.active + 2 * tokens * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
         flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
         flops += sum(r * (8 * p.n_in**2 + 2 * r * p.n_in + 18 * r**2) for p in fed if (r := wide[p.name]))
         spent += 4 * shape.forward(tokens) + tokens * shape.vocab * CHOSEN
         spent += FED_BACK * sum((rows[p.name] + wide[p.name]) * p.n_in for p in fed)
     if tune:
-        activations = 8 * n_ctx * shape.values + shape.logits(n_ctx)
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        computed = copies * shape.n + activations + F32 * tokens * shape.width
+        computed = copies * shape.n + sequence + F32 * tokens * shape.width
         held = max(held, computed + 2 * size + F32 * shape.largest)
         card, beside = computed, max(beside, 2 * size + shape.on_its_way)
         flops += (2 + 6 * tune) * shape.active * tokens + 2 * tune * shape.vocab * shape.width * tokens
