@@ -18,7 +18,7 @@ errs at most `TOLERANCE` more than the best on inputs kept aside, and a larger o
 the fit would lose. Where none serves, the tensor is encoded plainly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,12 +178,11 @@ def encode(
             if left_out > GUARD:
                 reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
                 continue
-            data = _feedback(weights, form, both.matrix, SHRINKAGE[at], threads)
-            told = SHRINKAGE[at], tuple(map(float, ratios[at])), ""
-            if gradients is None:
-                return Encoded(data, "feedback", *told)
-            data, coupled = _coupled(weights, form, both.matrix, SHRINKAGE[at], threads, data, gradients, kept)
-            return Encoded(data, "feedback", *told, coupled)
+            alone = _encoder(form, both.matrix, SHRINKAGE[at], threads)
+            data, coupled = alone(weights), 1.0
+            if gradients is not None:
+                data, coupled = _coupled(weights, form, alone, data, gradients, _sum(kept, n), threads)
+            return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "", coupled)
     better = bool((search <= GAIN * plain).all())
     level = "search" if better else "plain"
     won = (search if better else plain)[judged] / plain[judged]
@@ -193,23 +192,19 @@ def encode(
 def _coupled(
     weights: np.ndarray,
     form: scales.Grid,
-    h: Array,
-    shrinkage: float,
-    threads: int | None,
+    rows: Callable[[np.ndarray], np.ndarray],
     alone: np.ndarray,
     gradients: tuple[np.ndarray, np.ndarray],
-    kept: Sequence[Hessian],
+    judge: Hessian,
+    threads: int | None,
 ) -> tuple[np.ndarray, float]:
     """Bytes with rows coupled and their `Encoded.coupled`; those of rows alone, and 1, where that does not pay."""
     factor = coupling.factor(*gradients)
     if factor is None:
         return alone, 1.0
-    data = _feedback(weights, form, h, shrinkage, threads, factor)
-    judge = host(_sum(kept, weights.shape[1]).matrix)
-    new, old = (
-        coupling.error(weights, codec.dequantize(each, form.name, threads=threads), gradients[1], judge)
-        for each in (data, alone)
-    )
+    decoded = partial(codec.dequantize, fmt=form.name, threads=threads)
+    data = coupling.encode(weights, factor, rows, decoded)
+    new, old = (coupling.error(weights, decoded(each), gradients[1], host(judge.matrix)) for each in (data, alone))
     return (data, new / old) if old > 0 and new <= coupling.GAIN * old else (alone, 1.0)
 
 
@@ -284,23 +279,20 @@ def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
     return Hessian(sum((h.matrix for h in parts), total), sum(h.tokens for h in parts))
 
 
-def _feedback(
-    weights: np.ndarray,
-    form: scales.Grid,
-    h: Array,
-    shrinkage: float,
-    threads: int | None,
-    factor: np.ndarray | None = None,
-) -> np.ndarray:
-    """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]. factor: of `coupling.factor`."""
-    n = weights.shape[1]
+def _feedback(weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> np.ndarray:
+    """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]."""
+    return _encoder(form, h, shrinkage, threads)(weights)
+
+
+def _encoder(form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """`_feedback` of any rows; what depends on h alone is computed once."""
     metric = Metric.of(shrunk(h, shrinkage), form.group)
 
     def encoded(weights: np.ndarray) -> np.ndarray:
         if not isinstance(h, np.ndarray):  # all rows at once keep a card busy
             with namespace(h).cuda.device_of(h):
                 return encode_rows(weights, form, metric, on_card())
-        out = np.empty((len(weights), formats.row_bytes(form.name, n)), np.uint8)
+        out = np.empty((len(weights), formats.row_bytes(form.name, weights.shape[1])), np.uint8)
 
         def work(part: slice) -> None:
             out[part] = encode_rows(weights[part], form, metric)
@@ -308,6 +300,4 @@ def _feedback(
         codec.spread(work, len(weights), ROWS, threads)
         return out
 
-    if factor is None:
-        return encoded(weights)
-    return coupling.encode(weights, factor, encoded, partial(codec.dequantize, fmt=form.name, threads=threads))
+    return encoded
