@@ -354,6 +354,7 @@ def export(
     size: float,
     level: str,
     tune: int,
+    measured: int,
     chunks: int,
     n_ctx: int,
     domains: int,
@@ -363,7 +364,7 @@ def export(
 ) -> Need:
     """Encode, feed back, tune, write.
 
-    size: of the file. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
+    size: of the file; measured: chunks that feedback reads, chunks: those that tuning does. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
     8 D x row^2 + 8 x rows^2 (where rows are coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, +
     the largest (16 D + 60) x row^2 + 60 x rows^2, of one tensor (more are encoded side by side where there is room), or
     for each thread a sequence forward and backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk
@@ -376,7 +377,7 @@ def export(
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
-    tokens = chunks * n_ctx
+    read, tokens = measured * n_ctx, chunks * n_ctx
     own = 4.9 * shape.matrix + shape.largest
     held, flops, spent = own, 0.0, shape.n * MIXED[level]
     card, beside = (1.0 * F32 * shape.n, max(own, shape.on_its_way)) if fed_back or tune else (0.0, own)
@@ -388,13 +389,13 @@ def export(
         sums = [8.0 * (domains * p.n_in**2 + wide[p.name] ** 2) for p in fed]
         hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums))
         encoding = max((16 * domains + 60) * p.n_in**2 + 60 * wide[p.name] ** 2 for p in fed) + own
-        at_once = min(machine.threads, chunks)
+        at_once = min(machine.threads, measured)
         held = F32 * shape.n + hessians + max(encoding, at_once * sequence)
         card, beside = card + sequence, max(beside, hessians + encoding)  # Hessians only where it has room to spare
-        flops += 6 * tokens * shape.active + 2 * tokens * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
+        flops += 6 * read * shape.active + 2 * read * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
         flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
         flops += sum(r * (8 * p.n_in**2 + 2 * r * p.n_in + 18 * r**2) for p in fed if (r := wide[p.name]))
-        spent += 4 * shape.forward(tokens) + tokens * shape.vocab * CHOSEN
+        spent += 4 * shape.forward(read) + read * shape.vocab * CHOSEN
         spent += FED_BACK * sum((rows[p.name] + wide[p.name]) * p.n_in for p in fed)
     if tune:
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))

@@ -204,7 +204,7 @@ class _Run:
         if not self.shape.known:
             return []
         found = self._text("calibrate", own["text"], own["n_chunks"], own["n_ctx"])
-        found.append(needs.calibrate(self.shape, own["n_chunks"], own["n_ctx"], own["keep"], self.machine))
+        found.append(needs.calibrate(self.shape, _measured(own), own["n_ctx"], own["keep"], self.machine))
         stacks = any(product.experts > 1 for product in self.shape.products)
         free, weight = self.machine.free, self.machine.calibrated
         if own["top_up"] and stacks and not own["imatrix"] and not self.shape.streamed(free, weight):
@@ -242,7 +242,7 @@ class _Run:
         known = self.shape.known
         level = own["encoding"] if known else own["encoding"].replace("feedback", "search")
         domains = len(text_files(first["text"])) or FAMILIES
-        text = first["n_chunks"], first["n_ctx"], domains
+        text = _measured(first), first["n_chunks"], first["n_ctx"], domains
         size, passes = self._bytes(own["target"]), own["tune"] if known else 0
         made = needs.export(self.shape, step, size, level, passes, *text, self.machine, codes=own["tune_codes"])
         found = [made]
@@ -269,6 +269,11 @@ class _Run:
             sizes += [float(Path(file).expanduser().stat().st_size) for file in own["files"]]
             found.append(needs.evaluate(self.shape, step, sizes, MIXES * len(sizes), *text, beside=False))
         return found
+
+
+def _measured(own: Mapping[str, Any]) -> int:
+    """Chunks of the text that are calibrated on."""
+    return int(min(own["n_measured"], own["n_chunks"]))
 
 
 def _sum(parts: Sequence[Need]) -> Need:

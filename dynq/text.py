@@ -153,6 +153,16 @@ def further_chunks(spec: str, tokenizer: Any, *, n_ctx: int, skip: int, most: in
     return _file_chunks(paths, tokenizer, n_ctx, skip + most)[0][skip:] if paths else []
 
 
+def spread(domains: Sequence[str], count: int) -> np.ndarray:
+    """int64 [count]: chunks at equal distances, sorted, so that each domain keeps its share; all where they are fewer.
+
+    domains: of each chunk.
+    """
+    ordered = np.argsort(np.array(domains), kind="stable")
+    n = len(ordered)
+    return np.sort(ordered[np.arange(count) * n // count]) if count < n else np.arange(n)
+
+
 def sample_chats(
     model: Any, tokenizer: Any, encoded: list[list[int]], *, max_tokens: int, generator: Any, bar: Any = None
 ) -> list[list[int]]:

@@ -249,7 +249,7 @@ def test_a_card_measures_collects_and_tunes_as_the_processor_does(
         layers = {name: module for name, module in _modules(tiny, model).items() if name.startswith("blk.1.")}
         found = collect(model, layers, tokens, ["a"] * 3 + ["b"])
         hessians.append(np.concatenate([h.matrix.ravel() for both in found.values() for some in both for h in some]))
-        after.append(tune(tiny, model, tensors, tokens[:3], tokens[3:], passes=1, folder=tmp_path).kld)
+        after.append(tune(tiny, model, tensors, tokens[:3], tokens[3:], passes=1).kld)
     np.testing.assert_allclose(klds[1], klds[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(hessians[1], hessians[0], rtol=1e-3, atol=1e-3 * np.abs(hessians[0]).max())
     np.testing.assert_allclose(after[1], after[0], rtol=0.02)

@@ -109,7 +109,7 @@ def test_export_by_hand() -> None:
     assert fed.flops == 30 * (6 * P + 2 * (squares + sum(r**2 for r in wide))) + sum(
         8 * r * 64**2 + 4 * 7 * 64**3 for r in rows
     ) + sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in wide)
-    long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 1000, 2, LARGE)
+    long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 9, 1000, 2, LARGE)
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
     assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64)
@@ -243,7 +243,7 @@ def _reckoned_and_taken(folder: Path) -> tuple[dict[str, needs.Need], dict[str, 
     reckoned["sensitivity"] = needs.sensitivity(own, ["Q4_K"], "plain", 64, 0, 0, machine)
     with Peak() as taken["export"]:
         export(checkpoint, Recipe(chosen, "Q4_K", 0, 0.0, None), None, folder / "m.gguf", threads=1)
-    reckoned["export"] = needs.export(own, "export", size, "plain", 0, 2, 128, 1, machine)
+    reckoned["export"] = needs.export(own, "export", size, "plain", 0, 2, 2, 128, 1, machine)
     fisher = sum(path.stat().st_size for path in (folder / "fisher").iterdir())
     return reckoned, {step: peak.bytes for step, peak in taken.items()}, fisher, (folder / "m.gguf").stat().st_size
 

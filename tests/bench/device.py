@@ -35,6 +35,7 @@ from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.layer_inputs import _modules, collect
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
+from dynq.teacher import Teacher
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
 from dynq.tune import CODES, RATE, _Search
@@ -130,11 +131,12 @@ class Side:
     def tune(self, tokens: np.ndarray) -> None:
         """One step of two chunks, of scales and codes."""
         if self.search is None:
-            self.search = _Search(self.checkpoint, self.device, self.tensors, self.kept, self.kept, RATE, CODES)
+            teacher = Teacher(self.checkpoint, self.exact, tokens, "")
+            self.search = _Search(self.checkpoint, self.device, self.tensors, teacher, teacher, RATE, CODES)
             groups = [{"params": [b.m], "full": b.rate} for b in self.search.blocks]
             groups += [{"params": [b.latent.z], "full": CODES} for b in self.search.blocks if b.latent is not None]
             self.adam = torch.optim.Adam(groups)
-        self.search._step(self.adam, np.arange(min(2, len(self.kept.tokens))), 0.1)
+        self.search._step(self.adam, np.arange(min(2, len(tokens))), 0.1)
 
     def evaluate(self, tokens: np.ndarray) -> None:
         """The tuned file against the original."""
