@@ -37,7 +37,7 @@ COMPARED = 10e-9  # for each weight and format beside encoder and product: decod
 FED_BACK = 0.4e-6  # for each weight that error feedback encodes, tries included
 MOVED = 40e-9  # for each weight and step of tuning where codes move: latent numbers, Adam, the nearest points
 CALLED = 1.1e-3  # for each layer and step of sampling: what a call costs before it computes
-CACHED = 0.25e-9  # for each byte of keys and values that a step of sampling copies
+CACHED = 0.1e-9  # for each byte of keys and values that a step of sampling reads
 STARTED = 5.0  # for each notebook: its process, what it imports, its pictures
 ENCODE = {  # for each weight, `plain` and `search`: 128 x 4096 weights with importance
     "F32": (0.3e-9, 0.3e-9),
@@ -364,16 +364,16 @@ def export(
 ) -> Need:
     """Encode, feed back, tune, write.
 
-    size: of the file; measured: chunks that feedback reads, chunks: those that tuning does. Memory: 4.9 bytes a weight of the largest matrix + 1 of the largest tensor; feedback: the model +
-    8 D x row^2 + 8 x rows^2 (where rows are coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, +
-    the largest (16 D + 60) x row^2 + 60 x rows^2, of one tensor (more are encoded side by side where there is room), or
-    for each thread a sequence forward and backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk
-    forward and backward + 4 T x width of the teacher; 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
-    which there must be room. On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in
-    passing its parts. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a
-    weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning
-    6 P T a pass, and 2 V x width x T for the teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where
-    codes move.
+    size: of the file; measured: chunks that feedback reads, chunks: those that tuning does. Memory: 4.9 bytes a weight
+    of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
+    coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
+    rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
+    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the
+    teacher; 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a card the
+    model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts. Operations: feedback
+    reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x
+    rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 6 P T a pass, and 2 V x width x T for the
+    teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune

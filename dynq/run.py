@@ -32,8 +32,8 @@ QUICK = {"n_chunks": 16, "n_swaps": 0, "encoding": "search", "tune": 0, "eval_ch
 """Parameters of a first look; what they cost in quality and spare in time: LOG, "Quality"."""
 _FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
-_LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_measured": 1, "n_swaps": 0, "swap_chunks": 1, "top_up": 0}
-_LEAST |= {"n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
+_LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_measured": 1, "top_up": 0}
+_LEAST |= {"n_swaps": 0, "swap_chunks": 1, "n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
 

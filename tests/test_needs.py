@@ -97,10 +97,10 @@ def test_sensitivity_by_hand() -> None:
 
 
 def test_export_by_hand() -> None:
-    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 10, 2, LARGE)
+    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 3, 10, 2, LARGE)
     assert plain.memory == 4.9 * 8192 + 8192 and (plain.kept, plain.passing, plain.flops) == (1000, 0, 0)
     assert plain.spent == pytest.approx(N * needs.MIXED["search"])
-    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, LARGE)
+    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, LARGE)
     squares, wide = 3 * 64**2, (64, 128, 100)  # of three layers, all coupled; experts are not fed back
     sums, encoding = 8 * (2 * squares + sum(r**2 for r in wide)), (16 * 2 + 60) * 64**2 + 60 * 128**2 + plain.memory
     assert fed.memory == 4 * N + sums + encoding
@@ -109,17 +109,18 @@ def test_export_by_hand() -> None:
     assert fed.flops == 30 * (6 * P + 2 * (squares + sum(r**2 for r in wide))) + sum(
         8 * r * 64**2 + 4 * 7 * 64**3 for r in rows
     ) + sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in wide)
+    assert needs.export(shape(), "export", 1000, "feedback", 0, 3, 9, 10, 2, LARGE) == fed  # only tuning reads more
     long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 9, 1000, 2, LARGE)
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
-    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE)
+    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE)
     assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64)
     assert tuned.passing == 0 and tuned.flops == 14 * P * 30 + 2 * 2 * 6400 * 30
-    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, LARGE, codes=True)
+    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE, codes=True)
     assert moved.memory == pytest.approx(tuned.memory + (32 - 8.7) * N)  # the teacher, and seven copies
     assert moved.spent == pytest.approx(tuned.spent + 2 * 2 * N * needs.MOVED)
     tight = Machine(4, CORE, 40 * N)  # not enough for all that beside the teacher
-    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, tight, codes=True) == tuned
-    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 10, 2, Machine(1, CORE, 4 * N))
+    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, tight, codes=True) == tuned
+    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 3, 10, 2, Machine(1, CORE, 4 * N))
     assert (streamed.memory, streamed.passing) == (plain.memory, 0)  # neither feedback nor tuning
 
 
@@ -177,20 +178,20 @@ def test_sensitivity_on_a_card_by_hand() -> None:
 
 def test_export_on_a_card_by_hand() -> None:
     own, squares = 4.9 * 8192 + 8192, 3 * 64**2
-    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 10, 2, CARD)
+    plain = needs.export(shape(), "export", 1000, "search", 0, 3, 3, 10, 2, CARD)
     assert (plain.memory, plain.card) == (own, 0)
-    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 10, 2, CARD)
+    fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, CARD)
     sums = 8 * (2 * squares + 64**2 + 128**2 + 100**2)
     assert fed.memory == sums + (16 * 2 + 60) * 64**2 + 60 * 128**2 + own
     assert fed.card == 4 * N + 8 * 10 * A + 32 * 100 * 10
     activations = 8 * 10 * A + 32 * 100 * 10 + 4 * 30 * 64  # what the teacher's head reads among them
-    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, CARD)
+    tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, CARD)
     assert tuned.memory == 2 * 1000 + WAY and tuned.card == pytest.approx(8.7 * N + activations)
-    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, CARD, codes=True)
+    moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, CARD, codes=True)
     assert moved.card == 32 * N + activations
     tight = with_card(40 * N)  # of which 36 are left, and 27 may be taken
-    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 10, 2, tight, codes=True) == tuned
-    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 10, 2, with_card(4 * N))
+    assert needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, tight, codes=True) == tuned
+    streamed = needs.export(shape(), "export", 1000, "feedback", 2, 3, 3, 10, 2, with_card(4 * N))
     assert (streamed.memory, streamed.card, streamed.passing) == (own, 0, 0)
 
 

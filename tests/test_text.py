@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dynq.errors import DynqError
-from dynq.text import end_of_turn, load_text, prompts, sample_chats
+from dynq.text import end_of_turn, load_text, prompts, sample_chats, spread
 
 DATA = Path(__file__).parents[1] / "dynq" / "data"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
@@ -328,3 +328,15 @@ def test_domains_of_chunks(tiny, tmp_path) -> None:
         (tmp_path / name).write_text(f"the text of {name} goes on and on. " * 40)
     files = load_text(f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", tokenizer, n_ctx=16, n_chunks=5, seed=0)
     assert files.domains == ("a.txt", "b.txt", "a.txt", "b.txt", "a.txt")
+
+
+def test_every_domain_keeps_its_share() -> None:
+    domains = ["a", "b", "a", "b", "a", "c", "a", "b"]
+    some = spread(domains, 4)
+    assert some.tolist() == sorted(set(some.tolist()))
+    assert sorted(domains[at] for at in some) == ["a", "a", "b", "b"]
+    turns = ["chat", "document"] * 80
+    assert Counter(turns[at] for at in spread(turns, 64)) == {"chat": 32, "document": 32}
+    for count in (8, 9):  # all, in their order
+        assert spread(domains, count).tolist() == list(range(8))
+    assert spread([], 3).tolist() == []
