@@ -26,7 +26,6 @@ Messages = list[dict[str, str]]
 
 _BATCH = 32  # conversations that a thread samples at once, at most; what is sampled depends on it
 _AT_ONCE = 256  # in all threads: bounds the memory of the key-value caches
-SPARE = 1.2  # times the tokens that are missing are asked for
 _FAMILIES = {
     "code": ("code-python", "code-other", "sql", "devops", "data"),
     "knowledge": ("maths", "physics", "science", "finance", "history", "health", "philosophy", "language"),
@@ -210,61 +209,46 @@ def _sampled_chunks(
     prompts = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
     start = _document_start(model, tokenizer)
     n_documents = 0 if split == "evaluate" or start is None else n_chunks // 2
-    chats = _Packing(prompts, [_family(entry) for entry in entries], n_chunks - n_documents, n_ctx, n_ctx / 4)
-    documents = _Packing([[start or 0]], ["documents"], n_documents, n_ctx, n_ctx / 2)
-    with progress(total=n_chunks * n_ctx, desc="sample text", unit="tok") as bar:
-        while unfinished := [kind for kind in (chats, documents) if len(kind.chunks) < kind.n_chunks]:
-            # one call for both kinds: its time hangs on the longest answer, hardly on their number
-            drawn = [kind.draw(_AT_ONCE // len(unfinished), generator) for kind in unfinished]
-            batch = [kind.encoded[at] for kind, some in zip(unfinished, drawn, strict=True) for at in some]
-            samples = iter(sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar))
-            for kind, some in zip(unfinished, drawn, strict=True):
-                for at in some:
-                    kind.take(at, next(samples))
+    bar = progress(total=n_chunks * n_ctx, desc="sample text", unit="tok")
+
+    def packed(encoded: list[list[int]], families: list[str], n_chunks: int) -> tuple[list[tuple[str, list[int]]], int]:
+        """(family, chunk) of as many chunks, and how many samples that took."""
+        chunks: list[tuple[str, list[int]]] = []
+        filling: dict[str, list[int]] = {family: [] for family in families}
+        used, answered = 0, 0
+        order: list[int] = []
+        while len(chunks) < n_chunks:
+            # the ends of chunks cut samples, and at the end some families' chunks are not full
+            missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - sum(map(len, filling.values())) / 2)
+            missing = max(missing, n_ctx / 2)
+            answer = answered / used if used else n_ctx / 4
+            members: list[int] = []
+            while missing > 0 and len(members) < _AT_ONCE:
+                if not order:  # every prompt once before any comes again
+                    order = torch.randperm(len(encoded), generator=generator).tolist()
+                members.append(order.pop())
+                missing -= len(encoded[members[-1]]) + answer
+            batch = [encoded[at] for at in members]
+            samples = sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
+            for at, sample in zip(members, samples, strict=True):
+                used, answered = used + 1, answered + len(sample) - len(encoded[at])
+                family = families[at]
+                filling[family] += sample
+                if len(filling[family]) >= n_ctx:
+                    chunks.append((family, filling[family][:n_ctx]))
+                    filling[family] = []
+        return chunks[:n_chunks], used
+
+    try:
+        chats, asked = packed(prompts, [_family(entry) for entry in entries], n_chunks - n_documents)
+        documents, begun = packed([[start or 0]], ["documents"], n_documents)
         bar.update(bar.total - bar.n)
-    turns = [pair for turn in zip(chats.chunks, documents.chunks, strict=False) for pair in turn]
-    chunks = [*turns, *chats.chunks[n_documents:]]
-    begun = f" and {documents.used} documents" if n_documents else ""
-    source = f"sampled from the model with {chats.used} prompts{begun}"
+    finally:
+        bar.close()
+    turns = [pair for turn in zip(chats, documents, strict=False) for pair in turn]
+    chunks = [*turns, *chats[len(documents) :]]
+    source = f"sampled from the model with {asked} prompts" + (f" and {begun} documents" if begun else "")
     return [chunk for _, chunk in chunks], [family for family, _ in chunks], source
-
-
-class _Packing:
-    """Samples of one kind, packed into chunks, each of one family. used: samples so far; answer: how long one is, as
-    long as there is none."""
-
-    def __init__(self, encoded: list[list[int]], families: list[str], n_chunks: int, n_ctx: int, answer: float):
-        self.encoded, self.families, self.n_chunks, self.n_ctx = encoded, families, n_chunks, n_ctx
-        self.chunks: list[tuple[str, list[int]]] = []  # with their families
-        self.filling: dict[str, list[int]] = {family: [] for family in families}
-        self.used, self.answered, self.answer = 0, 0, answer
-        self.order: list[int] = []
-
-    def draw(self, most: int, generator: Any) -> list[int]:
-        """Which prompts to sample from next: what fills the missing chunks, by what answers were so far."""
-        import torch
-
-        # in the end half a chunk of each family is over; a further round costs more than a few samples too many
-        chunks = self.n_chunks - len(self.chunks) + len(self.filling) / 2
-        missing = SPARE * (chunks * self.n_ctx - sum(map(len, self.filling.values())))
-        missing = max(missing, self.n_ctx / 2)
-        answer = self.answered / self.used if self.used else self.answer
-        members: list[int] = []
-        while missing > 0 and len(members) < most:
-            if not self.order:  # every prompt once before any comes again
-                self.order = torch.randperm(len(self.encoded), generator=generator).tolist()
-            members.append(self.order.pop())
-            missing -= len(self.encoded[members[-1]]) + answer
-        return members
-
-    def take(self, at: int, sample: list[int]) -> None:
-        """Prompt `at` with its answer."""
-        self.used, self.answered = self.used + 1, self.answered + len(sample) - len(self.encoded[at])
-        family = self.families[at]
-        self.filling[family] += sample
-        if len(self.filling[family]) >= self.n_ctx and len(self.chunks) < self.n_chunks:
-            self.chunks.append((family, self.filling[family][: self.n_ctx]))
-            self.filling[family] = []
 
 
 def _document_start(model: Any, tokenizer: Any) -> int | None:
