@@ -118,7 +118,7 @@ def lines(model: Shape, place: Place) -> list[Line]:
     named = {
         "calibrate": needs.calibrate(model, CHUNKS, N_CTX, KEEP, machine),
         "sensitivity": needs.sensitivity(model, candidates([], "all"), "plain", KEEP, 0, 0, machine),
-        "export": needs.export(model, "export", size, "search", 0, CHUNKS, N_CTX, 1, machine),
+        "export": needs.export(model, "export", size, "search", 0, CHUNKS, CHUNKS, N_CTX, 1, machine),
         "evaluate": needs.evaluate(model, "evaluate", [size], MIXES, EVAL_CHUNKS, N_CTX, machine, beside=False),
     }
     return [_line(step, need, model, place, size) for step, need in named.items()]
@@ -168,7 +168,7 @@ def memory(model: Shape, place: Place) -> dict[str, float]:
     return {
         "calibrate": needs.calibrate(model, 1, N_CTX, KEEP, machine).memory,
         "sensitivity": needs.sensitivity(model, ["Q4_K"], "plain", KEEP, 0, 0, machine).memory,
-        "export": needs.export(model, "export", size, "search", 0, 1, N_CTX, 1, machine).memory,
+        "export": needs.export(model, "export", size, "search", 0, 1, 1, N_CTX, 1, machine).memory,
         "evaluate": needs.evaluate(model, "evaluate", [size], 0, 1, N_CTX, machine, beside=False).memory,
     }
 
