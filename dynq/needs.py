@@ -368,12 +368,12 @@ def export(
     of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
     coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
     rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
-    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward + 4 T x width of the
-    teacher; 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a card the
-    model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts. Operations: feedback
+    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward; 4 N (1 + `tune.COPIES`)
+    in place of 8.7 N where codes move, for which there must be room. On a card the model, and what tuning holds besides
+    files and a tensor. Disk: the file; in passing its parts. Operations: feedback
     reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x
-    rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 6 P T a pass, and 2 V x width x T for the
-    teacher's answers. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
+    rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 8 P T a pass, the original's
+    answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -401,11 +401,11 @@ def export(
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        computed = copies * shape.n + sequence + F32 * tokens * shape.width
+        computed = copies * shape.n + sequence
         held = max(held, computed + 2 * size + F32 * shape.largest)
         card, beside = computed, max(beside, 2 * size + shape.on_its_way)
-        flops += (2 + 6 * tune) * shape.active * tokens + 2 * tune * shape.vocab * shape.width * tokens
-        spent += (2 + 3 * tune) * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
+        flops += 8 * tune * shape.active * tokens
+        spent += 4 * tune * shape.forward(tokens) + tune * tokens * shape.vocab * COMPARED
         spent += tune * ceil(chunks / 2) * shape.n * (COMPARED / 2 + (MOVED if codes else 0))
     return Need(
         step,

@@ -3,10 +3,15 @@
 Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Integer scales
 stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
 d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``.
-Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent). The
-loss is the KL divergence of the original model's next-token distribution, at every position. Adam (Kingma and Ba 2015)
-takes the steps; the result is rounded to half floats. Scales as the parameters of distillation: PV-Tuning (Malinovskii
-et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between codes too.
+Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent). Adam
+(Kingma and Ba 2015) takes the steps; the result is rounded to half floats. Scales as the parameters of distillation:
+PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between codes too.
+
+The loss has two parts. The KL divergence of the original's next-token distribution at every position is what counts,
+but a chunk says little about a weight by it. What each layer gives to the next says far more: a number for each of its
+features at every position, hints in the sense of FitNets (Romero et al. 2015). Their squared errors, relative to the
+original's square at that position and averaged over layers and positions, are added with weight `HINTS`. (At a
+position, not over all: some have features that are larger by orders of magnitude, the first above all.)
 
 How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. For multipliers it is a
 fraction of the tensor's relative error, for latent numbers one of the distance of codes. Steps grow shorter like a
@@ -45,7 +50,8 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
-CODES = 0.001  # of the distance of two codes: one step of a latent number
+CODES = 0.002  # of the distance of two codes: one step of a latent number
+HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 LIMITS = (0.5, 2.0)  # of a multiplier
@@ -93,8 +99,8 @@ def tune(
         batch: chunks a step; passes: over the tokens, at most; rate: of multipliers, codes: of latent numbers, see the
             module; 0: the codes stay.
 
-    In memory at most: the teacher and what its head reads (`Teacher`), the float32 model that is tuned, the gradient of
-    its largest tensor, activations of one chunk, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32)
+    In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
+    one chunk of both, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32)
     for multipliers and what Adam keeps, twice that and 6 % more where there are offsets; where codes move, the model
     `COPIES` times in all. The same input gives the same bytes for the same seed and number of threads, on a CPU. With
     MKL (x86) the number does not count as long as it is a power of two: torch's activations round the last few elements
@@ -104,9 +110,7 @@ def tune(
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
-    fit = Teacher(checkpoint, teacher, tokens, "teacher")
-    judge = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
-    return _Search(checkpoint, device_of(teacher), tensors, fit, judge, rate, codes).run(seed, batch, passes)
+    return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes).run(seed, batch, passes)
 
 
 def tuned(
@@ -274,16 +278,17 @@ class _Search:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        device: str,
+        teacher: Any,
         tensors: Tensors,
-        fit: Teacher,
-        aside: Teacher,
+        tokens: np.ndarray,
+        aside: np.ndarray,
         rate: float,
         codes_rate: float,
     ):
         self.codes_rate = codes_rate
-        self.checkpoint, self.tensors, self.fit, self.aside = checkpoint, tensors, fit, aside
-        self.model = load_model(checkpoint, self._decoded(tensors), device=device)
+        self.checkpoint, self.teacher, self.tensors, self.tokens = checkpoint, teacher, tensors, tokens
+        self.aside = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
+        self.model = load_model(checkpoint, self._decoded(tensors), device=device_of(teacher))
         self.model.requires_grad_(False)
         parameters = dict(self.model.named_parameters())
         errors = {name: self._error(name) for name in tensors if checkpoint.tensors[name].quantizable}
@@ -332,7 +337,7 @@ class _Search:
         return value if np.isfinite(value) else np.inf
 
     def run(self, seed: int, batch: int, passes: int) -> Tuned:
-        rng, n = np.random.default_rng(seed), len(self.fit.tokens)
+        rng, n = np.random.default_rng(seed), len(self.tokens)
         before = best = self.measured()
         if not np.isfinite(before):
             raise DynqError(
@@ -407,22 +412,23 @@ class _Search:
         return loss
 
     def gradient(self, chunks: np.ndarray) -> float:
-        """The mean KLD of chunks at all positions, its gradient by the multipliers in their `grad`."""
+        """The mean KLD of chunks at all positions; the gradient of the loss by the multipliers in their `grad`."""
         for b in self.blocks:
             b.m.grad.zero_()
             if b.latent is not None:
                 b.latent.z.grad.zero_()
-        loss, n = 0.0, len(chunks) * (self.fit.tokens.shape[1] - 1)
+        loss, n = 0.0, len(chunks) * (self.tokens.shape[1] - 1)
         for chunk in chunks:
-            ids = torch.from_numpy(self.fit.tokens[[chunk]].astype(np.int64)).to(self.model.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
+            ids = torch.from_numpy(self.tokens[[chunk]].astype(np.int64)).to(self.model.device)
+            logits, given = _answer(self.model, ids)
             with torch.no_grad():
-                log_p = self.fit.log_probs(int(chunk)).to(logits.device)
-                log_q = kld.log_softmax(logits)
+                wanted, originals = _answer(self.teacher, ids)
+                log_p, log_q = kld.log_softmax(wanted.to(logits.device)), kld.log_softmax(logits)
                 p = log_p.exp()
                 loss += float((p * (log_p - log_q)).sum()) / n
                 slope = log_q.exp_().sub_(p).div_(n)  # of the KLD by the logits
-            logits.backward(slope)
+            hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
+            torch.autograd.backward([logits, hints * (HINTS / len(given) / len(chunks))], [slope, None])
         for b in self.blocks:
             for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
                 moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
@@ -431,3 +437,15 @@ class _Search:
     def move(self, multipliers: list[torch.Tensor]) -> None:
         for b, m in zip(self.blocks, multipliers, strict=True):
             b.move(m)
+
+
+def _answer(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Logits [n_ctx - 1, n_vocab], and what each layer gives to the next, [1, n_ctx, width]; the last one's normed."""
+    answer = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    return answer.logits[0, :-1].float(), answer.hidden_states[1:]
+
+
+def _apart(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The mean over positions of |x - original|^2 / |original|^2."""
+    size = original.square().sum(-1).clamp_min(torch.finfo(original.dtype).tiny)
+    return ((x - original).square().sum(-1) / size).mean()

@@ -35,7 +35,6 @@ from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.layer_inputs import _modules, collect
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
-from dynq.teacher import Teacher
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
 from dynq.tune import CODES, RATE, _Search
@@ -131,8 +130,7 @@ class Side:
     def tune(self, tokens: np.ndarray) -> None:
         """One step of two chunks, of scales and codes."""
         if self.search is None:
-            teacher = Teacher(self.checkpoint, self.exact, tokens, "")
-            self.search = _Search(self.checkpoint, self.device, self.tensors, teacher, teacher, RATE, CODES)
+            self.search = _Search(self.checkpoint, self.exact, self.tensors, tokens, tokens, RATE, CODES)
             groups = [{"params": [b.m], "full": b.rate} for b in self.search.blocks]
             groups += [{"params": [b.latent.z], "full": CODES} for b in self.search.blocks if b.latent is not None]
             self.adam = torch.optim.Adam(groups)
@@ -224,7 +222,7 @@ def report(
             f"{peak['bytes'] / 1e9:.0f} GB/s"
         )
     # operations of a step, or the bytes that it reads
-    work = {"calibrate": 6 * n * tokens.size, "reference": 2 * n * few, "evaluate": 2 * n * few, "tune": 6 * n * few}
+    work = {"calibrate": 6 * n * tokens.size, "reference": 2 * n * few, "evaluate": 2 * n * few, "tune": 8 * n * few}
     work["collect"] = 2 * n * tokens.size
     for step in given.steps:
         line = [f"{step:12}"]
