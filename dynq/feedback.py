@@ -29,7 +29,7 @@ from dynq import codec, coupling, formats
 from dynq.compensate import Metric, encode_rows, on_card, shrunk
 from dynq.errors import DynqError
 from dynq.kernels import scales
-from dynq.kernels.arrays import Array, beside, host, namespace, placed
+from dynq.kernels.arrays import Array, beside, host, namespace, placed, single
 
 SHRINKAGE = (0.85, 0.7, 0.5, 0.35, 0.2, 0.1, 0.05)  # tried from the left, until the error rises
 TOLERANCE = 0.01
@@ -62,7 +62,8 @@ class Encoded:
 
     shrinkage: of the Hessian, None without feedback. ratios: error on each of the inputs kept aside / plain's, of the
     rows that were tried; empty where nothing could be judged. reason: why there is no feedback, or "". coupled: error
-    ``tr(G D H D^T)`` on what is kept aside over that of rows alone, 1 where rows are alone.
+    ``tr(G D H D^T)`` on what is kept aside over that of rows alone, 1 where rows are alone. best: see `best`, float32
+    [rows, n], None without feedback.
     """
 
     data: np.ndarray
@@ -71,6 +72,7 @@ class Encoded:
     ratios: tuple[float, ...]
     reason: str
     coupled: float = 1.0
+    best: np.ndarray | None = None
 
 
 def hessian(inputs: np.ndarray, token_weights: np.ndarray | None = None) -> Hessian:
@@ -179,14 +181,29 @@ def encode(
                 reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
                 continue
             alone = _encoder(form, both.matrix, SHRINKAGE[at], threads)
-            data, coupled = alone(weights), 1.0
+            data, coupled, R = alone(weights), 1.0, None
             if gradients is not None:
-                data, coupled = _coupled(weights, form, alone, data, gradients, _sum(kept, n), threads)
-            return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "", coupled)
+                data, coupled, R = _coupled(weights, form, alone, data, gradients, _sum(kept, n), threads)
+            found = best(weights, codec.dequantize(data, fmt, threads=threads), shrunk(both.matrix, SHRINKAGE[at]), R)
+            return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "", coupled, found)
     better = bool((search <= GAIN * plain).all())
     level = "search" if better else "plain"
     won = (search if better else plain)[judged] / plain[judged]
     return Encoded(candidates[level], level, None, tuple(map(float, won)), reason)
+
+
+def best(weights: np.ndarray, decoded: np.ndarray, h: Array, R: np.ndarray | None) -> np.ndarray:
+    """What each weight alone would best be, all others as decoded: float32 [rows, n].
+
+    ``tr(G D H D^T)``, G = R R^T (rows alone: the identity), is a parabola in an entry of D = decoded - weights, and
+    least where that is lower by ``(G D H)_ij / (G_ii H_jj)``.
+    """
+    error = beside(decoded - weights, h)
+    pull = host(error @ single(h)) / host(single(h.diagonal()))
+    if R is not None:
+        G = (R @ R.T).astype(F)
+        pull = G @ pull / G.diagonal()[:, None]
+    return decoded - pull
 
 
 def _coupled(
@@ -197,15 +214,15 @@ def _coupled(
     gradients: tuple[np.ndarray, np.ndarray],
     judge: Hessian,
     threads: int | None,
-) -> tuple[np.ndarray, float]:
-    """Bytes with rows coupled and their `Encoded.coupled`; those of rows alone, and 1, where that does not pay."""
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """Bytes with rows coupled, their `Encoded.coupled`, and R; those of rows alone, and 1, where that does not pay."""
     factor = coupling.factor(*gradients)
     if factor is None:
-        return alone, 1.0
+        return alone, 1.0, None
     decoded = partial(codec.dequantize, fmt=form.name, threads=threads)
     data = coupling.encode(weights, factor, rows, decoded)
     new, old = (coupling.error(weights, decoded(each), gradients[1], host(judge.matrix)) for each in (data, alone))
-    return (data, new / old) if old > 0 and new <= coupling.GAIN * old else (alone, 1.0)
+    return (data, new / old, factor) if old > 0 and new <= coupling.GAIN * old else (alone, 1.0, None)
 
 
 def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> str:

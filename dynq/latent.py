@@ -5,8 +5,8 @@ signs. A tensor's latent numbers lie between them, in units of the levels' dista
 the gradient by a decoded weight is taken as that by its number (straight-through, Bengio et al. 2013). A number that
 has moved far enough takes its weight to the next code. Scales are not touched here.
 
-At the start each number decodes to the code that the encoder chose, and lies as far toward the original weight as
-that allows: codes that the encoder was in two minds about are the first to change.
+At the start each number decodes to the code that the encoder chose, and lies as far toward what its weight would best
+be as that allows: codes that the encoder was in two minds about are the first to change.
 """
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from dynq import codec
 from dynq.kernels import scales, snap
+from dynq.kernels.grids import coordinates
 from dynq.kernels.grids import grid as lattice
 
 EDGE = 0.98  # of the way to the border between two codes, at most, at the start
@@ -34,7 +35,7 @@ class Latent:
     """
 
     def __init__(self, fmt: str, data: np.ndarray, weights: np.ndarray, device: torch.device | str):
-        """data uint8 [..., row_bytes], weights float32 [rows, n]: the original."""
+        """data uint8 [..., row_bytes], weights float32 [rows, n]: toward which the numbers lie, the original or better."""
         form = scales.grid(fmt)
         assert form is not None and movable(fmt)
         self.form = form
@@ -84,8 +85,8 @@ class Latent:
         assert book is not None
         groups = x.view(-1, 8)
         if x.device.type == "cpu":
-            form, near = lattice(book.source), book.candidates
-            rest = book.dim, form.low, form.spacing, form.top, book.signs == 2
+            form, near = lattice(book.source), coordinates(book.source, scales.NEAR)
+            rest = form.low, form.spacing, form.top, book.signs == 2
             work = groups.numpy()
             codec.spread(lambda part: snap.entries(work[part], near, *rest), len(work), ROWS, torch.get_num_threads())
         else:

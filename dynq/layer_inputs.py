@@ -55,6 +55,7 @@ def feed_back(
     domains: Sequence[str],
     parts: Path,
     *,
+    aims: bool = False,
     threads: int | None = None,
     desc: str = "encode",
     cluster: Client | None = None,
@@ -63,7 +64,8 @@ def feed_back(
 
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
     chunk. `kept_aside` of them judge, see `feedback.encode`.
-    parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` reads it.
+    parts: a folder that keeps what is encoded, so that a run that was cut off goes on; `reports` and `aim` read it.
+    aims: whether it keeps what each weight alone would best be too, 2 bytes each.
     Encoders run on the model's card where numba.cuda can compile for it. A bunch of tensors whose Hessians fill
     `BUDGET` is encoded together, by the workers of a cluster if there is one: the Hessians are collected here all the
     same, and read from a file there.
@@ -76,19 +78,19 @@ def feed_back(
     device = usable(str(getattr(model, "device", "cpu")))
     guard = len(set(domains)) > 1  # with a single text that is what the model is for
     if cluster:
-        encode = partial(tasks, partial(_encoded, checkpoint, guard, 1, "cpu"), cluster=cluster, unit="tensor")
+        encode = partial(tasks, partial(_encoded, checkpoint, guard, aims, 1, "cpu"), cluster=cluster, unit="tensor")
     else:
         most = max((_working(checkpoint, name, len(set(domains))) for name in fed), default=1)
         cores = threads or codec.cores()
         at_once = max(1, min(cores, memory.available() // (2 * most))) if device == "cpu" else 1
         encode = partial(
-            in_order, partial(_encoded, checkpoint, guard, max(1, cores // at_once), device), count=at_once
+            in_order, partial(_encoded, checkpoint, guard, aims, max(1, cores // at_once), device), count=at_once
         )
     bar = progress(total=len(chosen), desc=desc, unit="tensor")
     try:
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
-            missing = [n for n, part in made.items() if not _holds(part, chosen[n])]
+            missing = [n for n, part in made.items() if not _holds(part, chosen[n], aims)]
             reading = {name: modules[name] for name in missing if name in fed}
             inputs = collect(model, reading, tokens, domains, threads=threads) if reading else {}
             layers = {
@@ -105,9 +107,9 @@ def feed_back(
             with threadpool_limits(limits=1, user_api="blas"), closing(encode(items=todo)) as results:
                 for name in bunch:
                     if name in missing:
-                        data, told = next(results)
+                        encoded, told = next(results)
                         with replacing(made[name]) as beside:
-                            save_file({"data": data}, beside, {"told": json.dumps(told)})
+                            save_file(encoded, beside, {"told": json.dumps(told)})
                     with safe_open(made[name], framework="np") as file:
                         yield name, chosen[name], file.get_tensor("data")
                     bar.update(1)
@@ -143,7 +145,7 @@ def _size(checkpoint: Checkpoint, name: str, domains: int) -> int:
 def _working(checkpoint: Checkpoint, name: str, domains: int) -> int:
     """Bytes that encoding a tensor takes at the most, beside what is collected."""
     rows, row = checkpoint.tensors[name].shape
-    return (16 * domains + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0) + 25 * rows * row
+    return (16 * domains + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0) + 33 * rows * row
 
 
 def _is_coupled(checkpoint: Checkpoint, name: str) -> bool:
@@ -158,14 +160,15 @@ def _rows(checkpoint: Checkpoint, name: str, layer: torch.nn.Linear) -> np.ndarr
 
 
 def _encoded(
-    checkpoint: Checkpoint, guard: bool, threads: int | None, device: str, todo: _Todo
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Bytes of a tensor, and what `reports` tells of it."""
-    told: dict[str, Any] = {"tensor": todo.name, "format": todo.format}
+    checkpoint: Checkpoint, guard: bool, aims: bool, threads: int | None, device: str, todo: _Todo
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What is kept of a tensor, its bytes and perhaps `best`, and what `reports` tells of it."""
+    told: dict[str, Any] = {"tensor": todo.name, "format": todo.format, "aims": aims}
     read = todo.read
     if isinstance(read, str):
         data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
-        return data, told | {"level": "search", "shrinkage": None, "ratios": [], "reason": read, "coupled": 1.0}
+        told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": read, "coupled": 1.0}
+        return {"data": data}, told
     fit, aside, gradients = read if isinstance(read, Read) else _read(*read)
     order = checkpoint.architecture.slot_of(todo.name).cols
     if order is not None:
@@ -173,7 +176,8 @@ def _encoded(
     settings: dict[str, Any] = {"gradients": gradients, "guard": guard, "threads": threads, "device": device}
     made = feedback.encode(checkpoint.read(todo.name), todo.format, fit, aside, todo.mean, **settings)
     told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
-    return made.data, told | {"coupled": made.coupled}
+    best = {"best": made.best.astype(np.float16)} if aims and made.best is not None else {}
+    return {"data": made.data} | best, told | {"coupled": made.coupled}
 
 
 def _written(read: Mapping[str, Read], folder: Path) -> dict[str, tuple[Path, Path | None]]:
@@ -212,11 +216,11 @@ def _part(parts: Path, name: str) -> Path:
     return parts / f"{name}.safetensors"
 
 
-def _holds(part: Path, fmt: str) -> bool:
-    """Whether a part is there, whole, and of this format."""
+def _holds(part: Path, fmt: str, aims: bool) -> bool:
+    """Whether a part is there, whole, and as asked for."""
     try:
         told = _told(part)
-        return bool(told["format"] == fmt and "coupled" in told)
+        return bool(told["format"] == fmt and told["aims"] == aims)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return False  # it is made anew
 
@@ -227,6 +231,13 @@ def _told(part: Path) -> dict[str, Any]:
     return told
 
 
+def aim(parts: Path, name: str) -> np.ndarray | None:
+    """What each weight of a tensor alone would best be, see `feedback.best`: float32 [rows, n]; None where that is not
+    known."""
+    with safe_open(_part(parts, name), framework="np") as file:
+        return file.get_tensor("best").astype(np.float32) if "best" in file.keys() else None  # noqa: SIM118
+
+
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, ratios (the squared output error
     on the chunks kept aside over plain encoding's, domain after domain), gain, their geometric mean (1 of none), and
@@ -234,6 +245,7 @@ def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for name in names:
         told = _told(_part(parts, name))
+        del told["aims"]
         found.append(told | {"gain": float(np.exp(np.mean(np.log(told["ratios"])))) if told["ratios"] else 1.0})
     return found
 

@@ -22,7 +22,8 @@ be written. The best state is returned, and the bytes as they came where that ga
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ from dynq.teacher import Teacher
 from dynq.torch_model import device_of, load_model, set_tensor
 
 Tensors = dict[str, tuple[str, np.ndarray]]
+Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
-CODES = 0.002  # of the distance of two codes: one step of a latent number
+CODES = 0.004  # of the distance of two codes: one step of a latent number
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
@@ -59,6 +61,12 @@ LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves 
 HALVINGS = 2  # before the search ends
 JUDGES = 2  # chunks of a domain: they only choose among a few states, on the same tokens
 LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
+ROUGH = 0.02  # the same, from which on products may be rounded: beside it an error of 2^-9 is small
+TOGETHER = 1 << 26  # bytes of logits: chunks of a step are read side by side up to here
+
+
+def unknown(name: str) -> None:
+    """Of no tensor is it known where its latent numbers should begin."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ def tune(
     passes: int = 10,
     rate: float = RATE,
     codes: float = CODES,
+    aims: Aims = unknown,
 ) -> Tuned:
     """Tune the scales of an encoded model.
 
@@ -98,6 +107,8 @@ def tune(
         tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
         batch: chunks a step; passes: over the tokens, at most; rate: of multipliers, codes: of latent numbers, see the
             module; 0: the codes stay.
+        aims: GGUF name -> what each weight alone would best be, float32 [rows, n] (`dynq.layer_inputs.aim`), toward
+            which latent numbers begin; None: toward the original.
 
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk of both, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32)
@@ -110,7 +121,7 @@ def tune(
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
-    return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes).run(seed, batch, passes)
+    return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes, aims).run(seed, batch, passes)
 
 
 def tuned(
@@ -124,12 +135,13 @@ def tuned(
     passes: int,
     codes: bool,
     report: Path,
+    aims: Aims = unknown,
 ) -> Stream:
     """What `encoded` gives for the chosen formats, tuned; a source for `dynq.export.export`.
 
     tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them, `JUDGES` of a domain at most, judge,
     and without any nothing is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
-    codes: whether codes move too, which they do only where memory holds the model `COPIES` times more.
+    codes: whether codes move too, where `moves` says so; aims: see `tune`.
     report: a JSON file that gets kld (before, after), steps, tuned, codes and history, see `Tuned`, or reason.
     """
     if reader(teacher):
@@ -140,8 +152,8 @@ def tuned(
     aside = kept_aside(domains, JUDGES)
     told: dict[str, Any]
     if aside.any() and not aside.all():
-        rate = CODES if codes and fits(checkpoint, device_of(teacher), copies=COPIES) else 0.0
-        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], passes=passes, codes=rate)
+        settings = {"passes": passes, "codes": CODES if moves(checkpoint, teacher, codes) else 0.0, "aims": aims}
+        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], **settings)
         tensors = found.tensors
         told = {
             "kld": found.kld,
@@ -155,6 +167,11 @@ def tuned(
     _write(report, told)
     for name, (fmt, data) in tensors.items():
         yield name, fmt, data
+
+
+def moves(checkpoint: Checkpoint, teacher: Any, codes: bool) -> bool:
+    """Whether codes that may move do: memory must hold the model `COPIES` times more."""
+    return codes and fits(checkpoint, device_of(teacher), copies=COPIES)
 
 
 def _write(report: Path, told: dict[str, Any]) -> None:
@@ -179,6 +196,7 @@ class _Blocks:
         parameter: Any,
         rate: float,
         codes: bool,
+        aims: Aims,
     ):
         self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
         shape = checkpoint.tensors[name].shape
@@ -195,8 +213,9 @@ class _Blocks:
         self.offsets = self._offsets() if len(self.m) == 2 else None
         self.latent = None
         if codes and not self.vector and movable(fmt):
-            original = checkpoint.read(name).reshape(-1, shape[-1])
-            self.latent = Latent(fmt, data, original, parameter.device)
+            aim = aims(name)
+            toward = checkpoint.read(name).reshape(-1, shape[-1]) if aim is None else aim
+            self.latent = Latent(fmt, data, toward, parameter.device)
         self.codes = None if self.latent is None else self.latent.codes()
 
     def _flat(self, data: np.ndarray) -> np.ndarray:
@@ -284,6 +303,7 @@ class _Search:
         aside: np.ndarray,
         rate: float,
         codes_rate: float,
+        aims: Aims,
     ):
         self.codes_rate = codes_rate
         self.checkpoint, self.teacher, self.tensors, self.tokens = checkpoint, teacher, tensors, tokens
@@ -294,6 +314,7 @@ class _Search:
         errors = {name: self._error(name) for name in tensors if checkpoint.tensors[name].quantizable}
         sizes = np.array([checkpoint.tensors[name].n_weights for name in errors])
         mean = float(np.average(list(errors.values()), weights=sizes)) if errors else 0.0
+        self.rough = mean > ROUGH
         self.blocks = []
         for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
             slot, vector = checkpoint.architecture.slot_of(name), len(checkpoint.tensors[name].shape) == 1
@@ -302,7 +323,7 @@ class _Search:
                 continue
             if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
-                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0))
+                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0, aims))
         self.hooks = [
             self._hook(parameter) for parameter in {id(b.parameter): b.parameter for b in self.blocks}.values()
         ]
@@ -400,7 +421,8 @@ class _Search:
 
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
-        loss = self.gradient(chunks)
+        with _rounded_products() if self.rough else nullcontext():
+            loss = self.gradient(chunks)
         for group in adam.param_groups:
             group["lr"] = scale * group["full"]
         adam.step()
@@ -417,18 +439,23 @@ class _Search:
             b.m.grad.zero_()
             if b.latent is not None:
                 b.latent.z.grad.zero_()
-        loss, n = 0.0, len(chunks) * (self.tokens.shape[1] - 1)
-        for chunk in chunks:
-            ids = torch.from_numpy(self.tokens[[chunk]].astype(np.int64)).to(self.model.device)
+        loss, n_ctx = 0.0, self.tokens.shape[1]
+        vocab = self.checkpoint.tensors["token_embd.weight"].shape[0]
+        at_once = max(1, TOGETHER // (4 * n_ctx * vocab))
+        for start in range(0, len(chunks), at_once):
+            part = chunks[start : start + at_once]
+            share = len(part) / len(chunks)
+            ids = torch.from_numpy(self.tokens[part].astype(np.int64)).to(self.model.device)
             logits, given = _answer(self.model, ids)
             with torch.no_grad():
                 wanted, originals = _answer(self.teacher, ids)
                 log_p, log_q = kld.log_softmax(wanted.to(logits.device)), kld.log_softmax(logits)
                 p = log_p.exp()
-                loss += float((p * (log_p - log_q)).sum()) / n
-                slope = log_q.exp_().sub_(p).div_(n)  # of the KLD by the logits
+                each = share / (len(part) * (n_ctx - 1))
+                loss += float((p * (log_p - log_q)).sum()) * each
+                slope = log_q.exp_().sub_(p).mul_(each)  # of the KLD by the logits
             hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
-            torch.autograd.backward([logits, hints * (HINTS / len(given) / len(chunks))], [slope, None])
+            torch.autograd.backward([logits, hints * (HINTS / len(given) * share)], [slope, None])
         for b in self.blocks:
             for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
                 moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
@@ -440,9 +467,21 @@ class _Search:
 
 
 def _answer(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits [n_ctx - 1, n_vocab], and what each layer gives to the next, [1, n_ctx, width]; the last one's normed."""
+    """Logits [chunks, n_ctx - 1, n_vocab], and what each layer gives to the next, [chunks, n_ctx, width]; the last one's
+    normed."""
     answer = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    return answer.logits[0, :-1].float(), answer.hidden_states[1:]
+    return answer.logits[:, :-1].float(), answer.hidden_states[1:]
+
+
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """float32 matrices are multiplied in bfloat16, or TF32 on a card, and summed in float32, where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _apart(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

@@ -212,6 +212,14 @@ def test_two_cards(tiny: Checkpoint, tokens: np.ndarray, tmp_path: Path, monkeyp
     _alike(exact, _calibrated(tiny, tokens, tmp_path / "cards", device="auto"))
     text = load_text("sampled", load_tokenizer(tiny), n_ctx=32, n_chunks=2, seed=0, model=model)
     assert text.tokens.shape == (2, 32)
+    tensors = _of_three_bits(tiny)
+    found = [tune(tiny, each, tensors, tokens[:3], tokens[3:], passes=1).kld for each in (load_model(tiny), model)]
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
+
+
+def _of_three_bits(checkpoint: Checkpoint) -> dict[str, tuple[str, np.ndarray]]:
+    formats = {name: "Q3_K" if info.quantizable else "F32" for name, info in checkpoint.tensors.items()}
+    return {name: (fmt, codec.quantize(checkpoint.read(name), fmt)) for name, fmt in formats.items()}
 
 
 # --- on a card --------------------------------------------------------------------------------------------------------
@@ -234,10 +242,7 @@ def test_a_card_calibrates_as_the_processor_does(tiny: Checkpoint, tokens: np.nd
 def test_a_card_measures_collects_and_tunes_as_the_processor_does(
     tiny: Checkpoint, tokens: np.ndarray, tmp_path: Path
 ) -> None:
-    tensors = {}
-    for name, info in tiny.tensors.items():
-        fmt = "Q3_K" if info.quantizable else "F32"
-        tensors[name] = fmt, codec.quantize(tiny.read(name), fmt)
+    tensors = _of_three_bits(tiny)
     decoded = {
         name: codec.dequantize(data, fmt).reshape(tiny.tensors[name].shape) for name, (fmt, data) in tensors.items()
     }

@@ -112,7 +112,7 @@ def test_the_table_lacks_only_formats_without_half_floats():
 def search(start):
     """Not at the start, where all multipliers are 1."""
     tokens, rng = start.fit[:1], np.random.default_rng(2)
-    search = tune._Search(start.checkpoint, start.teacher, start.tensors, tokens, tokens, 0.0, 0.02)
+    search = tune._Search(start.checkpoint, start.teacher, start.tensors, tokens, tokens, 0.0, 0.02, tune.unknown)
     for b in search.blocks:
         b.m.copy_(torch.from_numpy(rng.uniform(0.9, 1.1, b.m.shape)))
     search.move([b.m for b in search.blocks])

@@ -116,6 +116,13 @@ def neighbours(name: str, count: int) -> np.ndarray:
 
 
 @once
+def coordinates(name: str, count: int) -> np.ndarray:
+    """`neighbours` with all first coordinates together, then all second ones, and so on: int8 [points, dim, count]."""
+    near = neighbours(name, count).reshape(-1, count // 16, grid(name).dim, 16)
+    return np.ascontiguousarray(near.swapaxes(1, 2)).reshape(len(near), grid(name).dim, count)
+
+
+@once
 def entry_at(name: str) -> np.ndarray:
     """The entry at each point, by the point's number as in `neighbours`: uint16 [points], 65535 where there is none."""
     book = grid(name)

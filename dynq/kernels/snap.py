@@ -12,16 +12,19 @@ from dynq.kernels._jit import kernel
 F = np.float32
 ZERO = np.float32(0)
 FAR = np.float32(3e38)
+LAST = np.int32(0x7FFFFFFF)
 
 
 @kernel
-def entries(x, values, dim, low, spacing, top, even):
+def entries(x, values, low, spacing, top, even):
     """Replace points by entries with signs: float32 x [groups, 8], in the book's units, in place.
 
-    values int8 [points, count * dim]: `dynq.kernels.grids.neighbours`; low, spacing, top: of the book's values; even:
+    values int8 [points, dim, count]: `dynq.kernels.grids.coordinates`; low, spacing, top: of the book's values; even:
     whether the number of minus signs must be even.
     """
-    far = np.empty(16, np.float32)
+    _, dim, count = values.shape
+    far = np.empty(count, np.float32)
+    bits = far.view(np.int32)  # in the same order as the squares: the compiler finds the least of integers side by side
     for g in range(x.shape[0]):
         turn, cost, minus = 0, FAR, 0
         for o in range(0, 8, dim):
@@ -32,20 +35,21 @@ def entries(x, values, dim, low, spacing, top, even):
                 q = q if q < top else top
                 point += base * int(q)
                 base *= int(top) + 1
-            best, least = 0, FAR
-            for at in range(0, values.shape[1], 16 * dim):  # sixteen entries lie together, coordinate after coordinate
-                for c in range(far.shape[0]):
-                    far[c] = ZERO
-                for i in range(dim):
-                    own, first = abs(x[g, o + i]), at + 16 * i
-                    for c in range(far.shape[0]):
-                        miss = own - F(values[point, first + c])
-                        far[c] += miss * miss
-                for c in range(far.shape[0]):
-                    if far[c] < least:
-                        best, least = at + c, far[c]
+            for c in range(count):
+                far[c] = ZERO
             for i in range(dim):
-                value = F(values[point, best + 16 * i])
+                own = abs(x[g, o + i])
+                for c in range(count):
+                    miss = own - F(values[point, i, c])
+                    far[c] += miss * miss
+            least = LAST
+            for c in range(count):
+                least = min(least, bits[c])
+            best = count
+            for c in range(count):
+                best = min(best, c if bits[c] == least else count)
+            for i in range(dim):
+                value = F(values[point, i, best])
                 loss = abs(x[g, o + i]) * value
                 if loss < cost:
                     turn, cost = o + i, loss

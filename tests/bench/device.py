@@ -37,7 +37,7 @@ from dynq.layer_inputs import _modules, collect
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
-from dynq.tune import CODES, RATE, _Search
+from dynq.tune import CODES, RATE, _Search, unknown
 
 ANSWERS, ANSWER = 32, 32  # answers that are sampled at once, and tokens of each
 COLLECTED = 8  # linear layers whose inputs are collected at once
@@ -130,7 +130,7 @@ class Side:
     def tune(self, tokens: np.ndarray) -> None:
         """One step of two chunks, of scales and codes."""
         if self.search is None:
-            self.search = _Search(self.checkpoint, self.exact, self.tensors, tokens, tokens, RATE, CODES)
+            self.search = _Search(self.checkpoint, self.exact, self.tensors, tokens, tokens, RATE, CODES, unknown)
             groups = [{"params": [b.m], "full": b.rate} for b in self.search.blocks]
             groups += [{"params": [b.latent.z], "full": CODES} for b in self.search.blocks if b.latent is not None]
             self.adam = torch.optim.Adam(groups)
