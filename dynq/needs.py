@@ -23,7 +23,7 @@ from dynq import feedback, formats, memory
 from dynq.calibrate import ON_CARD
 from dynq.layer_inputs import BUDGET, WIDE
 from dynq.machine import CORE, F32, Machine
-from dynq.tune import COPIES
+from dynq.tune import COPIES, TOGETHER
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
@@ -368,12 +368,12 @@ def export(
     of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
     coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
     rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
-    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward; 4 N (1 + `tune.COPIES`)
-    in place of 8.7 N where codes move, for which there must be room. On a card the model, and what tuning holds besides
-    files and a tensor. Disk: the file; in passing its parts. Operations: feedback
-    reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x
-    rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 8 P T a pass, the original's
-    answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
+    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward, or two
+    (`tune.TOGETHER`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a
+    card the model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts, 2 N more
+    where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight
+    (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 8 P T a
+    pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -397,11 +397,12 @@ def export(
         flops += sum(r * (8 * p.n_in**2 + 2 * r * p.n_in + 18 * r**2) for p in fed if (r := wide[p.name]))
         spent += 4 * shape.forward(read) + read * shape.vocab * CHOSEN
         spent += FED_BACK * sum((rows[p.name] + wide[p.name]) * p.n_in for p in fed)
+    codes = codes and tune > 0
     if tune:
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        computed = copies * shape.n + sequence
+        computed = copies * shape.n + min(2, max(1, TOGETHER // (4 * n_ctx * shape.vocab))) * sequence
         held = max(held, computed + 2 * size + F32 * shape.largest)
         card, beside = computed, max(beside, 2 * size + shape.on_its_way)
         flops += 8 * tune * shape.active * tokens
@@ -411,7 +412,7 @@ def export(
         step,
         **machine.holds(held, card, beside),
         kept=size,
-        passing=size if fed_back else 0,
+        passing=size + 2.0 * shape.n * codes if fed_back else 0,
         read=shape.stored * (1 + (fed_back or tune > 0)) + 2 * size,
         flops=flops,
         spent=spent,

@@ -99,6 +99,36 @@ def test_hessians_stand_for_inputs():
     assert feedback.hessian(x, np.arange(len(x)) % 2).tokens == 512
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_no_weight_alone_does_better_than_at_its_best(coupled: bool):
+    rng = np.random.default_rng(5)
+    weights, n = gaussian(6, 32), 32
+    decoded = weights + 0.01 * rng.standard_normal(weights.shape).astype(F)
+    x, g = correlated(256, n, 0), rng.standard_normal((40, 6)) @ rng.standard_normal((6, 6))
+    h, G = feedback.hessian(x).matrix, g.T @ g if coupled else np.eye(6)
+    found = feedback.best(weights, decoded, h, compensate.upper(G) if coupled else None)
+    for i, j in np.ndindex(weights.shape):
+        errors = []
+        for step in (-1e-3, 0, 1e-3):
+            D = (decoded - weights).astype(np.float64)
+            D[i, j] = found[i, j] + step - weights[i, j]
+            errors.append(np.trace(G @ D @ h @ D.T))
+        assert errors[1] < errors[0] and errors[1] < errors[2]
+        assert errors[2] - errors[1] == pytest.approx(errors[0] - errors[1], rel=0.05)  # in the middle of the parabola
+
+
+def test_the_best_weights_come_with_what_was_fed_back():
+    weights, x, y = gaussian(64, 256), correlated(1024, 256, 0), correlated(512, 256, 1)
+    fed = feedback.encode(weights, "Q3_K", x, y, guard=False)
+    h = compensate.shrunk(feedback.hessian(x).matrix + feedback.hessian(y).matrix, fed.shrinkage)
+    np.testing.assert_allclose(
+        fed.best, feedback.best(weights, codec.dequantize(fed.data, "Q3_K"), h, None), rtol=1e-3, atol=1e-5
+    )
+    away = [np.abs(fed.best - other).mean() for other in (codec.dequantize(fed.data, "Q3_K"), weights)]
+    assert min(away) > 1e-3  # neither what is stored nor the original
+    assert feedback.encode(weights, "Q8_0", x, y, guard=False).best is None
+
+
 def test_output_error_by_hand():
     weights, decoded, x = np.float32([[1, 2], [0, 1]]), np.float32([[1, 1], [1, 1]]), np.float32([[1, 0], [2, 3]])
     # D = [[0, 1], [-1, 0]]; X D^T = [[0, -1], [3, -2]]

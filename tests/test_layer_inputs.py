@@ -132,6 +132,14 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "c", threads=3)
     assert all(np.array_equal(data, whole[name][1]) for name, _, data in stream)
 
+    # what weights would best be is kept where that is asked for, and a part without it is made anew
+    stream = feed_back(checkpoint, chosen, importance, model, tokens, DOMAINS, tmp_path / "c", threads=1, aims=True)
+    assert all(np.array_equal(data, whole[name][1]) for name, _, data in stream)
+    assert np.array_equal(layer_inputs.aim(tmp_path / "c", name), by_hand.best.astype(np.float16))
+    assert layer_inputs.aim(tmp_path / "c", "token_embd.weight") is None
+    assert layer_inputs.aim(tmp_path / "b", name) is None
+    assert reports(tmp_path / "c", list(chosen)) == list(told.values())
+
     # a part of another format is made anew
     other = dict(chosen, **{name: "Q4_1"})
     made = next(

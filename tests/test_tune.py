@@ -159,6 +159,44 @@ def test_gradient_of_the_multipliers_against_differences(start, search):
             assert (found[0] - found[1]) / (2 * eps) == pytest.approx(slope, rel=0.05, abs=2e-3), (b.name, part)
 
 
+def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other(start, search, monkeypatch):
+    found = []
+    search.tokens = start.fit[:3]
+    for room in (tune.TOGETHER, 1):
+        monkeypatch.setattr(tune, "TOGETHER", room)
+        value = search.gradient(np.array([0, 2, 1]))
+        moving = [b.m for b in search.blocks] + [b.latent.z for b in search.blocks if b.latent is not None]
+        found.append((value, [x.grad.clone() for x in moving]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    for together, apart in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(together, apart, rtol=1e-2, atol=1e-4 * float(apart.abs().max()))
+
+
+def test_products_are_rounded_where_errors_are_large_beside_that(start, monkeypatch):
+    def precision(rough):
+        seen = []
+        monkeypatch.setattr(tune, "ROUGH", rough)
+        real = tune._Search.gradient
+        with monkeypatch.context() as patch:
+            see = lambda *a: seen.append(torch.get_float32_matmul_precision()) or real(*a)  # noqa: E731
+            patch.setattr(tune._Search, "gradient", see)
+            tuned(start, passes=1)
+        return set(seen)
+
+    before = torch.get_float32_matmul_precision()
+    assert precision(0.0) == {"medium"} and precision(1.0) == {before} != {"medium"}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_codes_that_begin_in_the_middle_of_their_cell_stay_longer(start, result):
+    decoded_now = dict(decoded(start, start.tensors))
+
+    def aims(name):
+        return decoded_now[name].reshape(-1, decoded_now[name].shape[-1])
+
+    assert tuned(start, aims=aims).codes < 0.5 * result.codes
+
+
 def scaled(start, name, m):
     """Weights with multipliers, by decoding each half float alone."""
     fmt, data = start.tensors[name]
