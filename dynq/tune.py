@@ -52,7 +52,7 @@ Aims = Callable[[str], np.ndarray | None]
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
-CODES = 0.004  # of the distance of two codes: one step of a latent number
+CODES = 0.006  # of the distance of two codes: one step of a latent number
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
@@ -93,7 +93,7 @@ def tune(
     aside: np.ndarray,
     *,
     seed: int = 0,
-    batch: int = 2,
+    batch: int = 4,
     passes: int = 10,
     rate: float = RATE,
     codes: float = CODES,
@@ -183,8 +183,9 @@ class _Blocks:
     """The multipliers of one tensor, its latent numbers, and its part of a parameter in the model.
 
     m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 vector each value is a block.
-    now: the multipliers that the parameter holds. rate: a full step. latent: None where codes stay, and then the
-    parameter is multiplied in place; codes: those of the start.
+    now: the multipliers that the parameter holds. rate, code_rate: full steps of multipliers and of latent numbers, 0
+    where codes stay. latent: None where they do, and then the parameter is multiplied in place; codes: those of the
+    start.
     """
 
     def __init__(
@@ -195,10 +196,11 @@ class _Blocks:
         data: np.ndarray,
         parameter: Any,
         rate: float,
-        codes: bool,
+        code_rate: float,
         aims: Aims,
     ):
-        self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
+        self.name, self.fmt, self.data, self.parameter = name, fmt, data, parameter
+        self.rate, self.code_rate = rate, code_rate
         shape = checkpoint.tensors[name].shape
         self.slot, self.vector, self.form = checkpoint.architecture.slot_of(name), len(shape) == 1, formats.get(fmt)
         if self.vector:
@@ -212,7 +214,7 @@ class _Blocks:
         self.now = self.m.clone()
         self.offsets = self._offsets() if len(self.m) == 2 else None
         self.latent = None
-        if codes and not self.vector and movable(fmt):
+        if code_rate and not self.vector and movable(fmt):
             aim = aims(name)
             toward = checkpoint.read(name).reshape(-1, shape[-1]) if aim is None else aim
             self.latent = Latent(fmt, data, toward, parameter.device)
@@ -305,7 +307,6 @@ class _Search:
         codes_rate: float,
         aims: Aims,
     ):
-        self.codes_rate = codes_rate
         self.checkpoint, self.teacher, self.tensors, self.tokens = checkpoint, teacher, tensors, tokens
         self.aside = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
         self.model = load_model(checkpoint, self._decoded(tensors), device=device_of(teacher))
@@ -323,7 +324,7 @@ class _Search:
                 continue
             if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
-                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0, aims))
+                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate, aims))
         self.hooks = [
             self._hook(parameter) for parameter in {id(b.parameter): b.parameter for b in self.blocks}.values()
         ]
@@ -370,7 +371,7 @@ class _Search:
         history: list[tuple[float, float]] = []
         scale, taken, halvings = 1.0, 0, 0
         groups = [{"params": [b.m], "full": b.rate} for b in self.blocks]
-        groups += [{"params": [b.latent.z], "full": self.codes_rate} for b in self.blocks if b.latent is not None]
+        groups += [{"params": [b.latent.z], "full": b.code_rate} for b in self.blocks if b.latent is not None]
         adam = torch.optim.Adam(groups, betas=BETAS)
         total = passes * -(-n // batch)
         with progress(total=total, desc="tune", unit="step") as bar:
