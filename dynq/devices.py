@@ -2,7 +2,7 @@
 
 A card calibrates in bfloat16: samples of a Fisher matrix are noisy by a few percent anyway, of which rounding adds a
 fraction, without a bias. All that is measured by small differences stays float32, without the 10-bit products
-(TF32) that cards have for it: divergences of good files, tuned scales, swaps.
+(TF32) that cards have for it: divergences of good files, swaps. Tuning's steps have them where errors are larger.
 """
 
 import re

@@ -40,32 +40,37 @@ class Latent:
         assert form is not None and movable(fmt)
         self.form = form
         rows, n = weights.shape
-        d, dmin, ls, lm = scales.read(fmt, data.reshape(rows * n // form.block, -1))
-        step, offset = ((x * y).T.reshape(rows, n // form.group) for x, y in ((d, ls), (-dmin, lm)))
         self.levels = torch.from_numpy(form.levels).to(device)
+        self.borders = (self.levels[1:] + self.levels[:-1]) / 2
         self.distance = float(np.diff(form.levels).mean())
-        halves = np.arange(2 * form.levels[0], 2 * form.levels[-1] + 1) / 2
-        self.by_half = torch.from_numpy(self._levels_of(halves + 0.25)).to(device)
-        self.step = torch.from_numpy(np.ascontiguousarray(step)).to(device)
-        safe = np.repeat(np.where(step == 0, 1, step), form.group, 1)  # of size 0 all codes are alike
-        shift = np.repeat(offset, form.group, 1)
-        decoded = codec.dequantize(data, fmt).reshape(rows, n)
-        held = self._levels_of((decoded - shift) / safe)
-        room = np.diff(form.levels, prepend=-np.inf, append=np.inf)
-        room = EDGE / 2 * np.minimum(room[:-1], room[1:])[np.searchsorted(form.levels, held)]
-        near = held + np.clip((weights - shift) / safe - held, -room, room)
-        self.z = torch.from_numpy((near / self.distance).astype(np.float32)).to(device)
-        held = torch.from_numpy(held).to(device)
+        halves = torch.arange(2 * form.levels[0], 2 * form.levels[-1] + 1, device=device) / 2
+        self.by_half = self._levels_of(halves + 0.25)
+        d, dmin, ls, lm = scales.read(fmt, data.reshape(rows * n // form.block, -1))
+        step, offset = (
+            torch.from_numpy(np.ascontiguousarray((x * y).T)).to(device).view(rows, n // form.group, 1)
+            for x, y in ((d, ls), (-dmin, lm))
+        )
+        self.step = step.view(rows, -1)
+        safe = torch.where(step == 0, 1.0, step)  # of size 0 all codes are alike
+
+        def numbers(values: np.ndarray) -> torch.Tensor:
+            """Weights in levels."""
+            return torch.from_numpy(values).to(device).view(*step.shape[:2], -1).sub(offset).div_(safe).view(rows, n)
+
+        held = self._levels_of(numbers(codec.dequantize(data, fmt)))
+        room = torch.nn.functional.pad(self.levels.diff(), (1, 1), value=torch.inf)
+        room = (EDGE / 2 * torch.minimum(room[:-1], room[1:]))[torch.bucketize(held, self.borders)]
+        near = numbers(np.ascontiguousarray(weights)).sub_(held)
+        self.z = torch.minimum(near, room).maximum(-room).add_(held).div_(self.distance)
         self.snap()
         wrong = (self.points != held).view(rows, -1, 8).any(-1).repeat_interleave(8, 1)
         self.z = torch.where(wrong, held / self.distance, self.z)
         self.snap()
         self.z.grad = torch.zeros_like(self.z)
 
-    def _levels_of(self, values: np.ndarray) -> np.ndarray:
+    def _levels_of(self, values: torch.Tensor) -> torch.Tensor:
         """The levels nearest to values, float32."""
-        levels = self.form.levels
-        return levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, values)]
+        return self.levels[torch.bucketize(values, self.borders)]
 
     @torch.no_grad()
     def snap(self) -> None:
@@ -113,7 +118,7 @@ class Latent:
 
     def codes(self) -> torch.Tensor:
         """uint8 [rows, n], the numbers of `points` among the levels."""
-        return torch.bucketize(self.points, (self.levels[1:] + self.levels[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(self.points, self.borders).to(torch.uint8)
 
 
 def encoded(fmt: str, data: np.ndarray, codes: np.ndarray) -> np.ndarray:

@@ -64,6 +64,12 @@ def places(checkpoint: Checkpoint, device: str, dtype: str = "float32") -> list[
     return (cards() if together else cards()[:1]) or [CPU]
 
 
+def place(checkpoint: Checkpoint, device: str) -> str:
+    """The device whose memory counts: the one that the model goes to, or "auto" where it is spread over all cards."""
+    found = places(checkpoint, device)
+    return found[0] if len(found) == 1 else device
+
+
 def for_weights(free: float) -> float:
     """How many bytes of weights may be in memory where so much is free."""
     return _BESIDES * free

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dynq import needs
+from dynq import memory, needs
 from dynq.allocate import candidates, parse_target, target_bytes
 from dynq.errors import DynqError
 from dynq.evaluate.tasks import ANSWER_TOKENS, COST_CHUNKS, COST_GROUPS, Asked
@@ -110,7 +110,7 @@ def of_run(checkpoint: Checkpoint, steps: Mapping[str, Mapping[str, Any]], folde
     """Of a run: step -> its parameters, as `dynq.run.plan` has them in order. What is done already costs nothing."""
     first = steps["calibrate"]
     shape = Shape.of(checkpoint)
-    machine = Machine.here(first["threads"], first["device"] if shape.known else "cpu")
+    machine = Machine.here(first["threads"], memory.place(checkpoint, first["device"]) if shape.known else "cpu")
     run = _Run(shape, checkpoint, steps, folder, machine)
     todo = _to_do(steps, folder)
     found = [run.of(step) for step in steps if step in todo]
@@ -134,7 +134,7 @@ def of_evaluation(
 ) -> Reckoning:
     """Of files beside their original, as `dynq.evaluate.files.against_original` takes them. Those that evaluation.json
     has, by their size, cost nothing; MMLU is left out, as long as its questions are not read."""
-    machine, disk = Machine.here(threads or 0, device), free_disk(folder.path)
+    machine, disk = Machine.here(threads or 0, memory.place(checkpoint, device)), free_disk(folder.path)
     measured = folder.read_json("evaluation.json") if (folder / "evaluation.json").exists() else {}
     known = {entry.get("file_bytes") for entry in measured.get("files", [])}
     sizes = [size for path in files if path.is_file() and (size := float(path.stat().st_size)) not in known]

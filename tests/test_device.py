@@ -184,6 +184,7 @@ def test_auto_takes_one_card_where_that_is_enough(tiny: Checkpoint, monkeypatch:
         monkeypatch.setattr(devices, "cards", lambda cards=cards: list(cards))
         monkeypatch.setattr(devices, "free", cards.__getitem__)
         assert memory.places(tiny, "auto") == places
+        assert memory.place(tiny, "auto") == (places[0] if len(places) == 1 else "auto")
         assert memory.places(tiny, "cuda:1") == ["cuda:1"]
 
 

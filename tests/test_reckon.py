@@ -10,7 +10,7 @@ import pytest
 import unknown_models
 from conftest import PARAMETERS, TARGET, dynq_command
 
-from dynq import reckon
+from dynq import devices, memory, reckon
 from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
@@ -95,6 +95,12 @@ def test_a_run_on_a_card_is_reckoned_there(tmp_path: Path, monkeypatch: pytest.M
     unknown = open_checkpoint(unknown_models.make("gpt2", tmp_path / "gpt2.gguf"))
     reckon.of_run(unknown, steps, folder)
     assert asked[-1] == "cpu"  # it is not run
+    need = memory.resident(checkpoint)
+    for room, place in ((2 * need, "cuda:0"), (need, "auto")):  # of two cards
+        monkeypatch.setattr(devices, "cards", lambda: ["cuda:0", "cuda:1"])
+        monkeypatch.setattr(devices, "free", lambda card, room=room: room)
+        reckon.of_run(checkpoint, {step: own | {"device": "auto"} for step, own in steps.items()}, folder)
+        assert asked[-1] == place
 
 
 def steps_of(folder: RunFolder, *targets: str) -> dict:
