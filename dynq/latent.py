@@ -35,7 +35,7 @@ class Latent:
     """
 
     def __init__(self, fmt: str, data: np.ndarray, weights: np.ndarray, device: torch.device | str):
-        """data uint8 [..., row_bytes], weights float32 [rows, n]: toward which the numbers lie, the original or better."""
+        """data uint8 [..., row_bytes], weights float32 [rows, n]: toward them the numbers lie at the start."""
         form = scales.grid(fmt)
         assert form is not None and movable(fmt)
         self.form = form

@@ -152,8 +152,8 @@ def tuned(
     aside = kept_aside(domains, JUDGES)
     told: dict[str, Any]
     if aside.any() and not aside.all():
-        settings = {"passes": passes, "codes": CODES if moves(checkpoint, teacher, codes) else 0.0, "aims": aims}
-        found = tune(checkpoint, teacher, tensors, tokens[~aside], tokens[aside], **settings)
+        fit, judges, rate = tokens[~aside], tokens[aside], CODES if moves(checkpoint, teacher, codes) else 0.0
+        found = tune(checkpoint, teacher, tensors, fit, judges, passes=passes, codes=rate, aims=aims)
         tensors = found.tensors
         told = {
             "kld": found.kld,
@@ -468,8 +468,7 @@ class _Search:
 
 
 def _answer(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits [chunks, n_ctx - 1, n_vocab], and what each layer gives to the next, [chunks, n_ctx, width]; the last one's
-    normed."""
+    """Logits [chunks, n_ctx - 1, vocab]; what each layer gives to the next, [chunks, n_ctx, width], the last normed."""
     answer = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     return answer.logits[:, :-1].float(), answer.hidden_states[1:]
 
