@@ -51,6 +51,7 @@ Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
+BATCH = 4  # chunks a step
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
 CODES = 0.006  # of the distance of two codes: one step of a latent number
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
@@ -93,7 +94,7 @@ def tune(
     aside: np.ndarray,
     *,
     seed: int = 0,
-    batch: int = 4,
+    batch: int = BATCH,
     passes: int = 10,
     rate: float = RATE,
     codes: float = CODES,

@@ -113,13 +113,13 @@ def test_export_by_hand() -> None:
     long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 9, 1000, 2, LARGE)
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE)
-    assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 2 * (8 * 10 * A + 32 * 100 * 10))  # two chunks
+    assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 4 * (8 * 10 * A + 32 * 100 * 10))  # four
     apart = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, needs.TOGETHER // 400, 2, LARGE)
     assert apart.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + (8 * A + 32 * 100) * (needs.TOGETHER // 400))
     assert tuned.passing == 0 and tuned.flops == 16 * P * 30
     moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE, codes=True)
     assert moved.memory == pytest.approx(tuned.memory + (32 - 8.7) * N)  # the teacher, and seven copies
-    assert moved.spent == pytest.approx(tuned.spent + 2 * 2 * N * needs.MOVED)
+    assert moved.spent == pytest.approx(tuned.spent + 2 * N * needs.MOVED)
     both = needs.export(shape(), "export", 1000, "feedback", 2, 3, 3, 10, 2, LARGE, codes=True)
     assert (moved.passing, both.passing) == (0, 1000 + 2 * N)  # where they begin
     tight = Machine(4, CORE, 40 * N)  # not enough for all that beside the teacher
@@ -188,7 +188,7 @@ def test_export_on_a_card_by_hand() -> None:
     sums = 8 * (2 * squares + 64**2 + 128**2 + 100**2)
     assert fed.memory == sums + (16 * 2 + 60) * 64**2 + 60 * 128**2 + own
     assert fed.card == 4 * N + 8 * 10 * A + 32 * 100 * 10
-    activations = 2 * (8 * 10 * A + 32 * 100 * 10)  # of two chunks
+    activations = 4 * (8 * 10 * A + 32 * 100 * 10)  # of four chunks
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, CARD)
     assert tuned.memory == 2 * 1000 + WAY and tuned.card == pytest.approx(8.7 * N + activations)
     moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, CARD, codes=True)
