@@ -232,8 +232,10 @@ def _told(part: Path) -> dict[str, Any]:
 
 
 def aim(parts: Path, name: str) -> np.ndarray | None:
-    """What each weight of a tensor alone would best be, see `feedback.best`: float32 [rows, n]; None where that is not
-    known."""
+    """What each weight of a tensor alone would best be, see `feedback.best`: float32 [rows, n]; None where `feed_back`
+    has not kept that."""
+    if not _part(parts, name).exists():
+        return None
     with safe_open(_part(parts, name), framework="np") as file:
         return file.get_tensor("best").astype(np.float32) if "best" in file.keys() else None  # noqa: SIM118
 
