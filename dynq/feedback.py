@@ -180,11 +180,12 @@ def encode(
             if left_out > GUARD:
                 reason = f"a domain that is left out loses (error ratio {left_out:.3f})"
                 continue
-            alone = _encoder(form, both.matrix, SHRINKAGE[at], threads)
+            h = shrunk(both.matrix, SHRINKAGE[at])
+            alone = _encoder(form, h, threads)
             data, coupled, R = alone(weights), 1.0, None
             if gradients is not None:
                 data, coupled, R = _coupled(weights, form, alone, data, gradients, _sum(kept, n), threads)
-            found = best(weights, codec.dequantize(data, fmt, threads=threads), shrunk(both.matrix, SHRINKAGE[at]), R)
+            found = best(weights, codec.dequantize(data, fmt, threads=threads), h, R)
             return Encoded(data, "feedback", SHRINKAGE[at], tuple(map(float, ratios[at])), "", coupled, found)
     better = bool((search <= GAIN * plain).all())
     level = "search" if better else "plain"
@@ -298,12 +299,12 @@ def _sum(parts: Sequence[Hessian], n: int) -> Hessian:
 
 def _feedback(weights: np.ndarray, form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> np.ndarray:
     """All three steps with one shrinkage, where h is: uint8 [rows, row_bytes]."""
-    return _encoder(form, h, shrinkage, threads)(weights)
+    return _encoder(form, shrunk(h, shrinkage), threads)(weights)
 
 
-def _encoder(form: scales.Grid, h: Array, shrinkage: float, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
-    """`_feedback` of any rows; what depends on h alone is computed once."""
-    metric = Metric.of(shrunk(h, shrinkage), form.group)
+def _encoder(form: scales.Grid, h: Array, threads: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """`_feedback` of any rows, h shrunk; what depends on it alone is computed once."""
+    metric = Metric.of(h, form.group)
 
     def encoded(weights: np.ndarray) -> np.ndarray:
         if not isinstance(h, np.ndarray):  # all rows at once keep a card busy

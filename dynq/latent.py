@@ -14,7 +14,6 @@ import torch
 
 from dynq import codec
 from dynq.kernels import scales, snap
-from dynq.kernels.grids import coordinates
 from dynq.kernels.grids import grid as lattice
 
 EDGE = 0.98  # of the way to the border between two codes, at most, at the start
@@ -90,7 +89,7 @@ class Latent:
         assert book is not None
         groups = x.view(-1, 8)
         if x.device.type == "cpu":
-            form, near = lattice(book.source), coordinates(book.source, scales.NEAR)
+            form, near = lattice(book.source), book.coordinates
             rest = form.low, form.spacing, form.top, book.signs == 2
             work = groups.numpy()
             codec.spread(lambda part: snap.entries(work[part], near, *rest), len(work), ROWS, torch.get_num_threads())

@@ -163,7 +163,7 @@ def _encoded(
     checkpoint: Checkpoint, guard: bool, aims: bool, threads: int | None, device: str, todo: _Todo
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What is kept of a tensor, its bytes and perhaps `best`, and what `reports` tells of it."""
-    told: dict[str, Any] = {"tensor": todo.name, "format": todo.format, "aims": aims}
+    told: dict[str, Any] = {"tensor": todo.name, "format": todo.format}
     read = todo.read
     if isinstance(read, str):
         data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
@@ -219,16 +219,17 @@ def _part(parts: Path, name: str) -> Path:
 def _holds(part: Path, fmt: str, aims: bool) -> bool:
     """Whether a part is there, whole, and as asked for."""
     try:
-        told = _told(part)
-        return bool(told["format"] == fmt and told["aims"] == aims)
+        told, best = _told(part)
+        wanted = aims and told["level"] == "feedback"
+        return bool(told["format"] == fmt and "coupled" in told and best == wanted)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return False  # it is made anew
 
 
-def _told(part: Path) -> dict[str, Any]:
+def _told(part: Path) -> tuple[dict[str, Any], bool]:
+    """What is told of a tensor, and whether `best` is kept beside its bytes."""
     with safe_open(part, framework="np") as file:
-        told: dict[str, Any] = json.loads(file.metadata()["told"])
-    return told
+        return json.loads(file.metadata()["told"]), "best" in file.keys()  # noqa: SIM118
 
 
 def aim(parts: Path, name: str) -> np.ndarray | None:
@@ -246,8 +247,7 @@ def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     coupled, see `feedback.Encoded`."""
     found = []
     for name in names:
-        told = _told(_part(parts, name))
-        del told["aims"]
+        told, _ = _told(_part(parts, name))
         found.append(told | {"gain": float(np.exp(np.mean(np.log(told["ratios"])))) if told["ratios"] else 1.0})
     return found
 

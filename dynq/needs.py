@@ -23,7 +23,7 @@ from dynq import feedback, formats, memory
 from dynq.calibrate import ON_CARD
 from dynq.layer_inputs import BUDGET, WIDE
 from dynq.machine import CORE, F32, Machine
-from dynq.tune import BATCH, COPIES, TOGETHER
+from dynq.tune import BATCH, COPIES, side_by_side
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
@@ -369,8 +369,8 @@ def export(
     coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
     rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
     backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward, up to `tune.BATCH`
-    (`tune.TOGETHER`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On a
-    card the model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts, 2 N more
+    (`tune.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On
+    a card the model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts, 2 N more
     where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight
     (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 8 P T a
     pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
@@ -402,7 +402,7 @@ def export(
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))
         codes = codes and F32 * COPIES * shape.n <= room
         copies = F32 * (1.0 + COPIES) if codes else 8.7
-        computed = copies * shape.n + min(BATCH, max(1, TOGETHER // (4 * n_ctx * shape.vocab))) * sequence
+        computed = copies * shape.n + min(BATCH, side_by_side(n_ctx, shape.vocab)) * sequence
         held = max(held, computed + 2 * size + F32 * shape.largest)
         card, beside = computed, max(beside, 2 * size + shape.on_its_way)
         flops += 8 * tune * shape.active * tokens

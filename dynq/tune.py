@@ -112,11 +112,11 @@ def tune(
             which latent numbers begin; None: toward the original.
 
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
-    one chunk of both, and of the model's size 4 % (formats of 256 weights) to 30 % (of 32)
-    for multipliers and what Adam keeps, twice that and 6 % more where there are offsets; where codes move, the model
-    `COPIES` times in all. The same input gives the same bytes for the same seed and number of threads, on a CPU. With
-    MKL (x86) the number does not count as long as it is a power of two: torch's activations round the last few elements
-    of a thread's share otherwise, and such shares have none.
+    one chunk of both (`side_by_side` of a small vocabulary), and of the model's size 4 % (formats of 256 weights) to
+    30 % (of 32) for multipliers and what Adam keeps, twice that and 6 % more where there are offsets; where codes move,
+    the model `COPIES` times in all. The same input gives the same bytes for the same seed and number of threads, on a
+    CPU. With MKL (x86) the number does not count as long as it is a power of two: torch's activations round the last
+    few elements of a thread's share otherwise, and such shares have none.
     DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
@@ -175,6 +175,11 @@ def moves(checkpoint: Checkpoint, teacher: Any, codes: bool) -> bool:
     return codes and fits(checkpoint, device_of(teacher), copies=COPIES)
 
 
+def side_by_side(n_ctx: int, n_vocab: int) -> int:
+    """How many chunks are read in one pass: as many as `TOGETHER` takes the logits of, one at least."""
+    return max(1, TOGETHER // (4 * n_ctx * n_vocab))
+
+
 def _write(report: Path, told: dict[str, Any]) -> None:
     with replacing(report) as beside:
         beside.write_text(json.dumps(told))
@@ -184,9 +189,8 @@ class _Blocks:
     """The multipliers of one tensor, its latent numbers, and its part of a parameter in the model.
 
     m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 vector each value is a block.
-    now: the multipliers that the parameter holds. rate, code_rate: full steps of multipliers and of latent numbers, 0
-    where codes stay. latent: None where they do, and then the parameter is multiplied in place; codes: those of the
-    start.
+    now: the multipliers that the parameter holds. rate: a full step. latent: None where codes stay, and then the
+    parameter is multiplied in place; codes: those of the start.
     """
 
     def __init__(
@@ -197,11 +201,10 @@ class _Blocks:
         data: np.ndarray,
         parameter: Any,
         rate: float,
-        code_rate: float,
+        codes: bool,
         aims: Aims,
     ):
-        self.name, self.fmt, self.data, self.parameter = name, fmt, data, parameter
-        self.rate, self.code_rate = rate, code_rate
+        self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
         shape = checkpoint.tensors[name].shape
         self.slot, self.vector, self.form = checkpoint.architecture.slot_of(name), len(shape) == 1, formats.get(fmt)
         if self.vector:
@@ -215,7 +218,7 @@ class _Blocks:
         self.now = self.m.clone()
         self.offsets = self._offsets() if len(self.m) == 2 else None
         self.latent = None
-        if code_rate and not self.vector and movable(fmt):
+        if codes and not self.vector and movable(fmt):
             aim = aims(name)
             toward = checkpoint.read(name).reshape(-1, shape[-1]) if aim is None else aim
             self.latent = Latent(fmt, data, toward, parameter.device)
@@ -308,6 +311,7 @@ class _Search:
         codes_rate: float,
         aims: Aims,
     ):
+        self.codes_rate = codes_rate
         self.checkpoint, self.teacher, self.tensors, self.tokens = checkpoint, teacher, tensors, tokens
         self.aside = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
         self.model = load_model(checkpoint, self._decoded(tensors), device=device_of(teacher))
@@ -325,7 +329,7 @@ class _Search:
                 continue
             if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
-                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate, aims))
+                self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0, aims))
         self.hooks = [
             self._hook(parameter) for parameter in {id(b.parameter): b.parameter for b in self.blocks}.values()
         ]
@@ -371,9 +375,7 @@ class _Search:
         kept = [b.state() for b in self.blocks]
         history: list[tuple[float, float]] = []
         scale, taken, halvings = 1.0, 0, 0
-        groups = [{"params": [b.m], "full": b.rate} for b in self.blocks]
-        groups += [{"params": [b.latent.z], "full": b.code_rate} for b in self.blocks if b.latent is not None]
-        adam = torch.optim.Adam(groups, betas=BETAS)
+        adam = self.adam()
         total = passes * -(-n // batch)
         with progress(total=total, desc="tune", unit="step") as bar:
             for _ in range(passes):
@@ -421,6 +423,12 @@ class _Search:
         share = moved / sum(self.checkpoint.tensors[name].n_weights for name in out)
         return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), share, history)
 
+    def adam(self) -> torch.optim.Adam:
+        """What takes the steps; `full` of a group: its full step."""
+        groups = [{"params": [b.m], "full": b.rate} for b in self.blocks]
+        groups += [{"params": [b.latent.z], "full": self.codes_rate} for b in self.blocks if b.latent is not None]
+        return torch.optim.Adam(groups, betas=BETAS)
+
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
         with _rounded_products() if self.rough else nullcontext():
@@ -442,22 +450,20 @@ class _Search:
             if b.latent is not None:
                 b.latent.z.grad.zero_()
         loss, n_ctx = 0.0, self.tokens.shape[1]
-        vocab = self.checkpoint.tensors["token_embd.weight"].shape[0]
-        at_once = max(1, TOGETHER // (4 * n_ctx * vocab))
+        each = 1 / (len(chunks) * (n_ctx - 1))
+        at_once = side_by_side(n_ctx, self.checkpoint.tensors["token_embd.weight"].shape[0])
         for start in range(0, len(chunks), at_once):
             part = chunks[start : start + at_once]
-            share = len(part) / len(chunks)
             ids = torch.from_numpy(self.tokens[part].astype(np.int64)).to(self.model.device)
             logits, given = _answer(self.model, ids)
             with torch.no_grad():
                 wanted, originals = _answer(self.teacher, ids)
                 log_p, log_q = kld.log_softmax(wanted.to(logits.device)), kld.log_softmax(logits)
                 p = log_p.exp()
-                each = share / (len(part) * (n_ctx - 1))
                 loss += float((p * (log_p - log_q)).sum()) * each
                 slope = log_q.exp_().sub_(p).mul_(each)  # of the KLD by the logits
             hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
-            torch.autograd.backward([logits, hints * (HINTS / len(given) * share)], [slope, None])
+            torch.autograd.backward([logits, hints * (HINTS / len(given) * (len(part) / len(chunks)))], [slope, None])
         for b in self.blocks:
             for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
                 moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN

@@ -6,7 +6,6 @@ import torch
 
 from dynq import codec, formats
 from dynq.kernels import scales, snap
-from dynq.kernels.grids import coordinates
 from dynq.kernels.grids import grid as lattice
 from dynq.latent import Latent, encoded, movable, nearest_entries
 
@@ -92,7 +91,7 @@ def test_entries_near_the_rounded_point_against_all_entries(name):
     grid = lattice(book.source)
     x = np.random.default_rng(3).normal(0, float(grid.values[-1]) / 2, (4000, 8)).astype(np.float32)
     mine = x.copy()
-    snap.entries(mine, coordinates(book.source, scales.NEAR), grid.low, grid.spacing, grid.top, book.signs == 2)
+    snap.entries(mine, book.coordinates, grid.low, grid.spacing, grid.top, book.signs == 2)
     all_of_them = nearest_entries(torch.from_numpy(x), book).numpy()
     assert (mine == all_of_them).all(1).mean() > 0.99
     error = [((found - x).astype(np.float64) ** 2).sum() for found in (mine, all_of_them)]

@@ -18,6 +18,7 @@ from dynq.needs import Need, Shape
 from dynq.recipe import Recipe
 from dynq.sensitivity import sensitivity
 from dynq.torch_model import load_model
+from dynq.tune import TOGETHER
 
 SHAPES = {
     "token_embd.weight": (100, 64),
@@ -114,8 +115,8 @@ def test_export_by_hand() -> None:
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
     tuned = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE)
     assert tuned.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + 4 * (8 * 10 * A + 32 * 100 * 10))  # four
-    apart = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, needs.TOGETHER // 400, 2, LARGE)
-    assert apart.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + (8 * A + 32 * 100) * (needs.TOGETHER // 400))
+    apart = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, TOGETHER // 400, 2, LARGE)
+    assert apart.memory == pytest.approx(8.7 * N + 2 * 1000 + 4 * 8192 + (8 * A + 32 * 100) * (TOGETHER // 400))
     assert tuned.passing == 0 and tuned.flops == 16 * P * 30
     moved = needs.export(shape(), "export", 1000, "plain", 2, 3, 3, 10, 2, LARGE, codes=True)
     assert moved.memory == pytest.approx(tuned.memory + (32 - 8.7) * N)  # the teacher, and seven copies

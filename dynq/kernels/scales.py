@@ -21,7 +21,7 @@ from dynq import formats
 from dynq.kernels import iq1, iq4, iquants, kquants, legacy
 from dynq.kernels.arrays import Array, beside, host, namespace, pick
 from dynq.kernels.floats import half_table
-from dynq.kernels.grids import entry_at, neighbours
+from dynq.kernels.grids import coordinates, entry_at, neighbours
 from dynq.kernels.grids import grid as lattice
 from dynq.kernels.plans import PLANS
 
@@ -52,6 +52,11 @@ class Book:
     def candidates(self) -> np.ndarray:
         """What dynq.kernels.grids.neighbours gives."""
         return neighbours(self.source, NEAR)
+
+    @property
+    def coordinates(self) -> np.ndarray:
+        """The same, as dynq.kernels.grids.coordinates gives it."""
+        return coordinates(self.source, NEAR)
 
 
 NEAR = 32  # entries looked at; twice or half as many change the output error by 0.2 % at most

@@ -131,9 +131,7 @@ class Side:
         """One step of two chunks, of scales and codes."""
         if self.search is None:
             self.search = _Search(self.checkpoint, self.exact, self.tensors, tokens, tokens, RATE, CODES, unknown)
-            groups = [{"params": [b.m], "full": b.rate} for b in self.search.blocks]
-            groups += [{"params": [b.latent.z], "full": CODES} for b in self.search.blocks if b.latent is not None]
-            self.adam = torch.optim.Adam(groups)
+            self.adam = self.search.adam()
         self.search._step(self.adam, np.arange(min(2, len(tokens))), 0.1)
 
     def evaluate(self, tokens: np.ndarray) -> None:
