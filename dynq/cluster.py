@@ -1,10 +1,11 @@
 """More than one machine: tasks that workers of a Dask cluster share, in place of a loop in this process.
 
-Workers read, this process writes. What a task needs (the model, Fisher samples, Hessians, log-probabilities) is on
-paths that all machines share and travels as its path, a model behind a URL as that, of which each machine has its own
-copy; what a task gives travels back and is written here. So one process
-writes every file, a task that is done twice does no harm, and a worker that dies costs the tasks it had. A task is
-computed by one thread, of torch too, and its bytes depend on nothing else.
+What a task needs (the model, Fisher samples, Hessians, log-probabilities) is on paths that all machines share and
+travels as its path, a model behind a URL as that, of which each machine has its own copy. What a task gives travels
+back and is written here; Fisher samples, which are large, each task writes into a folder of its own on the shared path,
+and only its name travels. So this process alone puts files in place, a task that is done twice does no harm, and a
+worker that dies costs the tasks it had. A task is computed by one thread, of torch too, or its sequences by one each,
+and its bytes depend on nothing else.
 
 Dask is an extra (`dynq[cluster]`) and is imported only where there is a cluster.
 """
@@ -30,6 +31,8 @@ from dynq.progress import progress
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+
+    from dynq.checkpoint import Checkpoint
 
 AHEAD = 4  # tasks given out for each thread: results wait on the workers until those before them are there
 SECONDS = 20  # until a scheduler must have answered, or the first worker be there
@@ -135,6 +138,26 @@ def tasks(
     """
     results = map(function, items) if cluster is None else _by_workers(function, items, cluster, desc)
     yield from progress(results, total=total, desc=desc, unit=unit) if desc else results
+
+
+def whole(cluster: Client, checkpoint: Checkpoint) -> bool:
+    """Whether a model fits into a worker's memory; else its layers are read one by one there."""
+    return next(tasks(memory.fits, [checkpoint], cluster))
+
+
+def runs(cluster: Client, checkpoint: Checkpoint, rows: range, step: int) -> list[range]:
+    """Consecutive sequences of a text for each task: so many, or an equal share for each worker where a task reads all
+    layers of the model."""
+    if rows and not whole(cluster, checkpoint):
+        step = -(-len(rows) // max(1, len(cluster.nthreads())))
+    return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def threads_here() -> int:
+    """In a task: the threads of its worker."""
+    from distributed import get_worker
+
+    return int(get_worker().state.nthreads)
 
 
 def _by_workers(

@@ -11,8 +11,8 @@ position above all, so this needs far fewer samples than a uniform choice.
 
 The experts of a mixture are linear layers as well, each reads the tokens that are sent to it.
 
-One sequence is one safetensors file, or several where it is computed layer by layer. A ``unit`` is one parameter
-(`dynq.recorder`), a ``group`` the units that read the same input (q, k, v):
+One sequence is one safetensors file. A ``unit`` is one parameter (`dynq.recorder`), a ``group`` the units that read the
+same input (q, k, v):
 
     <group>.x       float16 [n, n_in], rows of length 1 (int64 [n], token ids, for the embedding)
     <group>.length  float64 [n]        |x_s|

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Reader:
 
     def __init__(self, model: Any, checkpoint: Checkpoint, fill: Callable[[str], None], device: str = "cpu"):
         self.checkpoint = checkpoint
+        self.alone = Lock()
         self._fill = fill
         self._layers = list(decoder_layers(model))
         self._shapes = [{name: p.shape for name, p in layer.named_parameters()} for layer in self._layers]
@@ -102,6 +104,12 @@ class Reader:
 def reader(model: Any) -> Reader | None:
     """What reads the model's layers when they are called; None where they are all in memory."""
     return getattr(model, "layer_reader", None)
+
+
+def alone(model: Any) -> AbstractContextManager[Any]:
+    """A context for one thread at a time where layers are read one by one, all into one place; else for any number."""
+    own = reader(model)
+    return own.alone if own else nullcontext()
 
 
 @dataclass

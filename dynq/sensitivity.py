@@ -30,7 +30,7 @@ import torch
 from dynq import codec, formats
 from dynq.architectures import Architecture
 from dynq.checkpoint import Checkpoint
-from dynq.cluster import held, tasks
+from dynq.cluster import held, tasks, whole
 from dynq.devices import single
 from dynq.encoding import importance_of, matrices, usable
 from dynq.errors import DynqError
@@ -277,8 +277,10 @@ def measure_swaps(
 
     reference: log-probabilities of the same model, best on the calibration text with ``first=0``, since the
     prediction speaks of all its positions. The model is put back as it was after each swap. cluster: whose workers
-    swap, each in a model of its own. On a CPU each chunk is computed by one thread, several side by side.
+    swap, each in a model of its own, where it fits into their memory. On a CPU each chunk is computed by one thread,
+    several side by side.
     """
+    cluster = cluster if cluster and whole(cluster, checkpoint) else None
     measured = table["measured_kld"].to_pylist()
     todo = [i for i in rows if measured[i] is None]
     names, fmts = table["tensor"].to_pylist(), table["format"].to_pylist()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +21,9 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from dynq import layerwise, memory
+from dynq import layerwise
 from dynq.checkpoint import Checkpoint
-from dynq.cluster import held, tasks
+from dynq.cluster import held, runs, tasks
 from dynq.evaluate import kld
 from dynq.torch_model import load_model
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 SHARE = 0.02  # of the reported KLD, at most
 SAMPLE_CHUNKS, SAMPLE_TOKENS = 2, 64  # the floor's mean over them is right to about a tenth
+BATCH = 2  # chunks of a task, as in one process
 QUERIES = 128  # attended at once: each block sees only the keys up to its end
 
 
@@ -146,24 +146,13 @@ class _ByWorkers:
 
     def measure(self, base: kld.Base, skip: int, chunks: int | None, coarse: bool, desc: str) -> kld.TokenScores:
         rows = range(skip, len(base.tokens) if chunks is None else chunks)
-        parts = batches(self._models[0], rows, self._cluster)
+        parts = runs(self._cluster, self._models[0], rows, BATCH)
         there = partial(_measured_there, *self._models, base, coarse)
         found = tasks(there, parts, self._cluster, total=len(parts), desc=desc, unit="batch")
         return reduce(_joined, found)
 
     def clear(self) -> None:
         pass
-
-
-def batches(checkpoint: Checkpoint, rows: range, cluster: Client) -> list[range]:
-    """Chunks for each task: two, as in one process, or as few tasks as there are threads where each has to read the
-    model's layers anew."""
-    whole = next(tasks(memory.fits, [checkpoint], cluster))
-    step = 2 if whole else -(-len(rows) // max(1, sum(cluster.nthreads().values())))
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
-
-
-_alone = Lock()  # layers are read into one place
 
 
 def _there(config: Checkpoint, weights: Checkpoint) -> _Here:
@@ -173,7 +162,8 @@ def _there(config: Checkpoint, weights: Checkpoint) -> _Here:
 def reference_by_workers(cluster: Client, checkpoint: Checkpoint, tokens: np.ndarray, path: Path) -> kld.Reference:
     """`kld.make_reference` of a checkpoint, by the workers of a cluster; written here."""
     first, n_vocab = tokens.shape[1] // 2, checkpoint.tensors["token_embd.weight"].shape[0]
-    parts = [tokens[rows.start : rows.stop] for rows in batches(checkpoint, range(len(tokens)), cluster)]
+    rows = runs(cluster, checkpoint, range(len(tokens)), BATCH)
+    parts = [tokens[run.start : run.stop] for run in rows]
     there = partial(_depths_there, checkpoint, first)
     found = tasks(there, parts, cluster, total=len(parts), desc="original", unit="batch")
     return kld.keep_depths(chain.from_iterable(found), tokens, first, n_vocab, path)
@@ -181,7 +171,7 @@ def reference_by_workers(cluster: Client, checkpoint: Checkpoint, tokens: np.nda
 
 def _depths_there(checkpoint: Checkpoint, first: int, tokens: np.ndarray) -> list[np.ndarray]:
     here = _there(checkpoint, checkpoint)
-    with _alone if layerwise.reader(here.model) else nullcontext():
+    with layerwise.alone(here.model):
         return [kld.depth_of(log_p) for log_p in kld.log_probabilities(here.model, tokens, first, desc="")]
 
 
@@ -193,7 +183,7 @@ def _measured_there(
     config: Checkpoint, weights: Checkpoint, base: kld.Base, coarse: bool, rows: range
 ) -> kld.TokenScores:
     here = _there(config, weights)
-    with _alone if layerwise.reader(here.model) else nullcontext():
+    with layerwise.alone(here.model):
         return here.measure(base, rows.start, rows.stop, coarse, "")
 
 
