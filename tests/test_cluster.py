@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -13,19 +15,20 @@ import pytest
 import tiny_models
 import torch
 
-from dynq import cluster, codec, jobs
+from dynq import cluster, codec, jobs, memory
 from dynq.calibrate import calibrate
 from dynq.checkpoint import open_checkpoint
 from dynq.encoding import encode
 from dynq.errors import DynqError
-from dynq.evaluate import compare, files, kld
+from dynq.evaluate import compare, files, kld, precision
 from dynq.evaluate.original import Text
 from dynq.export import export
 from dynq.folder import RunFolder, content_hash
 from dynq.formats import usable
 from dynq.layer_inputs import feed_back
 from dynq.recipe import Recipe
-from dynq.sensitivity import measure_swaps, sensitivity
+from dynq.sensitivity import measure_swaps, read_table, sensitivity
+from dynq.threads import one_thread_each
 from dynq.torch_model import load_model
 
 pytest.importorskip("distributed", reason="Dask is an extra: pip install 'dynq[cluster]'")
@@ -125,6 +128,67 @@ def test_calibration_gives_the_same_bytes(client, made, tmp_path):
     found = calibrate(checkpoint, load_model(checkpoint), tokens, tmp_path, keep=48, cluster=client)
     assert content_hash(tmp_path / "fisher") == content_hash(folder / "fisher")
     assert all(np.array_equal(sums, importance.sums[name]) for name, sums in found.sums.items())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two workers, and a model of three layers that neither has the memory for."""
+    checkpoint = open_checkpoint(tiny_models.make("llama", tmp_path_factory.mktemp("small"), num_hidden_layers=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(memory.LIMIT, f"{2 * memory.resident(checkpoint)}B")
+        with cluster.started(2) as address:
+            patch.undo()
+            client = cluster.connect(address)
+            yield client, checkpoint
+            client.close()
+
+
+def calibrated_and_measured(checkpoint, tokens, folder, client=None):
+    """The files of calibration and sensitivities."""
+    folder.mkdir()
+    importance = calibrate(checkpoint, load_model(checkpoint), tokens, folder, keep=48, threads=1, cluster=client)
+    sensitivity(checkpoint, folder, importance, ["Q4_0"], threads=1, cluster=client)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_workers_share_a_model_larger_than_their_memory(small, made, tmp_path):
+    """Importance, Fisher samples and sensitivities of halves of the text; swaps and an evaluation of it."""
+    (small, checkpoint), tokens = small, made[1]
+    assert cluster.runs(small, checkpoint, range(5), 1) == [range(3), range(3, 5)]
+    one = calibrated_and_measured(checkpoint, tokens, tmp_path / "one")
+    many = calibrated_and_measured(checkpoint, tokens, tmp_path / "many", small)
+    assert one.keys() == many.keys() and [name for name in one if one[name] != many[name]] == []
+    with one_thread_each(1):
+        reference = kld.make_reference(load_model(checkpoint, streamed=True), tokens[:3], tmp_path / "here", desc="")
+    there = precision.reference_by_workers(small, checkpoint, tokens[:3], tmp_path / "there")
+    assert there.depth.tobytes() == reference.depth.tobytes()
+    reference = kld.make_reference(load_model(checkpoint), tokens[:3], tmp_path / "swaps", first=0, desc="")
+    table, model = read_table(tmp_path / "many"), load_model(checkpoint)
+    table = measure_swaps(checkpoint, model, tmp_path / "many", table, [0], reference, None, cluster=small)
+    assert table["measured_kld"][0].as_py() is not None  # here, where there is room
+
+
+def test_a_streamed_calibration_goes_on_though_a_worker_dies(small, made, tmp_path):
+    """Killed when its first layer is on the disk: another takes its sequences, and what it had written is gone."""
+    (small, checkpoint), tokens = small, np.tile(made[1], (4, 1))
+    one = calibrated_and_measured(checkpoint, tokens, tmp_path / "one")
+    aside, tried = tmp_path / "many" / "fisher.parts", set()
+    pids = small.run(os.getpid)
+
+    def kill_when_it_has_begun():
+        while not list(aside.glob("*/*/*.safetensors")):
+            time.sleep(0.01)
+        os.kill(next(iter(pids.values())), signal.SIGKILL)
+        while aside.exists():
+            tried.update(path.name for path in aside.glob("*"))
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_when_it_has_begun)
+    killer.start()
+    many = calibrated_and_measured(checkpoint, tokens, tmp_path / "many", small)
+    killer.join()
+    assert len(tried) >= 3  # two runs of sequences, one of them once more
+    assert one.keys() == many.keys() and [name for name in one if one[name] != many[name]] == []
 
 
 def test_feedback_gives_the_same_bytes(client, made, tmp_path):
