@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,13 +198,13 @@ class Shape:
         return sum(info.n_weights for info in self.tensors.values() if info.layer is None)
 
     @cached_property
-    def layer(self) -> int:
-        """Weights of the largest layer."""
-        sizes: dict[int, int] = {}
+    def two_layers(self) -> int:
+        """Weights of the two neighbouring layers that are largest together: one computes, the other is read."""
+        sizes = [0] * (self.layers + 1)
         for info in self.tensors.values():
             if info.layer is not None:
-                sizes[info.layer] = sizes.get(info.layer, 0) + info.n_weights
-        return max(sizes.values(), default=0)
+                sizes[info.layer] += info.n_weights
+        return max(map(sum, pairwise(sizes)))
 
     @cached_property
     def largest(self) -> int:
@@ -220,8 +221,8 @@ class Shape:
         return weight * self.n > memory.for_weights(free)
 
     def held(self, free: float, weight: int = F32) -> float:
-        """Bytes of a model in memory: 4 N, or where it is streamed 4 (its ends + its largest layer)."""
-        return weight * (self.ends + self.layer if self.streamed(free, weight) else self.n)
+        """Bytes of a model in memory: 4 N, or where it is streamed 4 (its ends + two layers)."""
+        return weight * (self.ends + self.two_layers if self.streamed(free, weight) else self.n)
 
     def passes(self, free: float, times: float = 1, weight: int = F32) -> float:
         """Bytes read for so many passes: the source once, and where it is streamed each time."""
@@ -291,8 +292,8 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     Memory: the model + for each thread 8 n_ctx A (of one layer where it is streamed) + 32 n_ctx V + 12 x the largest
     matrix in a layer; on a card two sequences side by side, in bfloat16 half of the model and activations. Disk: keep x
     (2 bytes a value + 24 an input) + 8 bytes an input channel, expert and sequence, where q, k and v have one input,
-    gate and up too; in passing, streamed, 4 (layers + 1) T width. 6 P T operations; seconds 3 A T FORWARD + N PROBE for
-    each sequence + T V CHOSEN.
+    gate and up too; in passing, streamed, 4 (layers + 1) T width + one sequence's part of that. 6 P T operations;
+    seconds 3 A T FORWARD + N PROBE for each sequence + T V CHOSEN.
     """
     free, weight = machine.free, machine.calibrated
     tokens, streamed = chunks * n_ctx, shape.streamed(free, weight)
@@ -303,11 +304,12 @@ def calibrate(shape: Shape, chunks: int, n_ctx: int, keep: int, machine: Machine
     inputs = {p.reads: p for p in shape.products}.values()
     channels = sum(p.n_in * p.experts for p in inputs)
     kept = keep * (sum(2 * p.rows for p in shape.products) + sum(2 * p.n_in + 24 for p in inputs))
+    kept += (8 * chunks + 4) * channels
     return Need(
         "calibrate",
         **machine.holds(model + side_by_side * each, model + min(ON_CARD, chunks) * each, shape.on_its_way),
-        kept=kept + (8 * chunks + 4) * channels,
-        passing=F32 * (shape.layers + 1) * tokens * shape.width if streamed else 0,
+        kept=kept,
+        passing=F32 * (shape.layers + 1) * tokens * shape.width + kept / chunks if streamed else 0,
         read=shape.passes(free, 2, weight),
         flops=6 * shape.active * tokens,
         spent=3 * shape.forward(tokens) + chunks * shape.n * PROBE + tokens * shape.vocab * CHOSEN,
@@ -425,16 +427,16 @@ def evaluate(
     """Files and mixes against the original.
 
     files: their bytes; mixes: encoded in memory; beside: whether the original stays there meanwhile. Memory: the
-    original, then 6 N for the other (4 and 2 for its products in bfloat16; 4 on a card), or its largest layer where
-    that is too much + logits of n_ctx tokens. Disk in passing: V T (half of the tokens are scored, 2 bytes). 2 P T
-    operations for each of them and the original; seconds: forward + half T V COMPARED, N for each to decode and each
-    mix to encode.
+    original, then 6 N for the other (4 and 2 for its products in bfloat16; 4 on a card), or its ends and two layers
+    where that is too much + logits of n_ctx tokens. Disk in passing: V T (half of the tokens are scored, 2 bytes).
+    2 P T operations for each of them and the original; seconds: forward + half T V COMPARED, N for each to decode and
+    each mix to encode.
     """
     tokens, others = chunks * n_ctx, len(files) + mixes
     original, second = shape.held(machine.free), (6.0 if machine.card is None else 4.0) * shape.n
     left = machine.free - original if beside else machine.free
     if F32 * shape.n > memory.for_weights(left):
-        second = F32 * (shape.ends + shape.layer) + 8.0 * tokens * shape.width
+        second = F32 * (shape.ends + shape.two_layers) + 8.0 * tokens * shape.width
     held = (original + second if beside else max(original, second)) + shape.logits(n_ctx)
     return Need(
         step,

@@ -40,11 +40,20 @@ def shape(tied: bool = False) -> Shape:
     return Shape.from_config(tensors, {"num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 8}, 2.0 * N)
 
 
+def deep() -> Shape:
+    """A third layer, of 9000 weights."""
+    third = TensorInfo("blk.2.ffn_up.weight", (100, 90), "BF16")
+    return replace(shape(), tensors=shape().tensors | {third.name: third})
+
+
 def test_what_counts_of_a_model() -> None:
     own = shape()
     assert (own.n, own.active, own.values) == (N, P, A)
     assert (own.vocab, own.width, own.layers, own.kv) == (100, 64, 2, 64)
-    assert own.ends == 2 * 6400 and own.layer == 4096 + 8192 + 64
+    assert own.ends == 2 * 6400 and own.two_layers == 4096 + 8192 + 64 + 8192
+    assert deep().two_layers == 12352 + 8192  # neighbours: the first and the last never are there together
+    one = Shape({"blk.0.attn_q.weight": TensorInfo("blk.0.attn_q.weight", (16, 8), "BF16")}, 1, 0, 0)
+    assert one.two_layers == 128
     assert own.largest == 8192 and own.matrix == 8192 and own.probed == 8192
     assert shape(tied=True).active == P  # the embedding is the head then
     heads = Shape({"blk.0.attn_k_b.weight": TensorInfo("blk.0.attn_k_b.weight", (16, 8, 4), "BF16")}, 2, 0, 0)
@@ -70,13 +79,14 @@ def test_calibrate_by_hand() -> None:
 
 
 def test_layer_by_layer_by_hand() -> None:
-    """No room for 4 N: a layer and both ends are held, everything is read twice, inputs of layers go to the disk."""
-    small = Machine(1, CORE, 4 * N)
-    assert shape().streamed(small.memory) and not shape().streamed(8 * N)
-    need = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=small)
-    held = 4 * (2 * 6400 + 4096 + 8192 + 64)
-    assert need.memory == held + 8 * 10 * A / 2 + 32 * 100 * 10 + 12 * 8192
-    assert need.read == 4 * N and need.passing == 4 * 3 * 30 * 64
+    """No room for 4 N: two layers and both ends are held, everything is read twice, inputs of layers go to the disk."""
+    small, whole = Machine(1, CORE, 4 * N), needs.calibrate(deep(), 3, 10, 5, LARGE)
+    assert deep().streamed(small.memory) and not deep().streamed(8 * N)
+    need = needs.calibrate(deep(), chunks=3, n_ctx=10, keep=5, machine=small)
+    held = 4 * (2 * 6400 + 12352 + 8192)
+    assert need.memory == pytest.approx(held + 8 * 10 * (A + 190) / 3 + 32 * 100 * 10 + 12 * 9000)
+    assert need.read == 4 * N and need.passing == 4 * 4 * 30 * 64 + whole.kept / 3
+    assert (need.kept, whole.passing) == (whole.kept, 0)
 
 
 def test_sensitivity_by_hand() -> None:
@@ -135,8 +145,10 @@ def test_evaluate_by_hand() -> None:
     assert need.flops == 2 * P * 30 * 4 and need.read == 2 * N + 1000
     assert needs.evaluate(shape(), "e", [1000.0], 2, 3, 10, LARGE, beside=False).memory == 6 * N + 32 * 100 * 10
     tight = needs.evaluate(shape(), "e", [1000.0], 0, 3, 10, Machine(1, CORE, 6 * N), beside=True)
-    layer = 4 * (2 * 6400 + 4096 + 8192 + 64) + 8 * 30 * 64
-    assert tight.memory == 4 * N + layer + 32 * 100 * 10  # the original is there, the other is read layer by layer
+    assert tight.memory == 8 * N + 8 * 30 * 64 + 32 * 100 * 10  # the other is read layer by layer: it has two of them
+    three, free = 4 * (N + 9000), Machine(1, CORE, 6 * (N + 9000))
+    tight = needs.evaluate(deep(), "e", [1000.0], 0, 3, 10, free, beside=True)
+    assert tight.memory == three + 4 * (2 * 6400 + 12352 + 8192) + 8 * 30 * 64 + 32 * 100 * 10
 
 
 # --- with a card ------------------------------------------------------------------------------------------------------
@@ -150,7 +162,7 @@ def with_card(free: float) -> Machine:
 
 
 def test_calibration_on_a_card_by_hand() -> None:
-    """The model in bfloat16, two sequences side by side; a card that does not take it has a layer at a time."""
+    """The model in bfloat16, two sequences side by side; a card that does not take it has two layers at a time."""
     need = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=CARD)
     assert need.card == 2 * N + 2 * (4 * 10 * A + 32 * 100 * 10 + 12 * 8192) and need.memory == WAY
     alone = needs.calibrate(shape(), chunks=3, n_ctx=10, keep=5, machine=LARGE)
@@ -158,10 +170,10 @@ def test_calibration_on_a_card_by_hand() -> None:
     exact = needs.calibrate(shape(), chunks=1, n_ctx=10, keep=5, machine=replace(CARD, calibrated=4))
     assert exact.card == 4 * N + 8 * 10 * A + 32 * 100 * 10 + 12 * 8192
     assert needs.calibrate(shape(), 3, 10, 5, with_card(3 * N)).card == need.card
-    layers = needs.calibrate(shape(), 3, 10, 5, with_card(2.5 * N))
-    held = 2 * (2 * 6400 + 4096 + 8192 + 64)
-    assert layers.card == held + 2 * (4 * 10 * A / 2 + 32 * 100 * 10 + 12 * 8192)
-    assert layers.read == 4 * N and layers.passing == 4 * 3 * 30 * 64
+    layers = needs.calibrate(deep(), 3, 10, 5, with_card(2.5 * N))
+    held = 2 * (2 * 6400 + 12352 + 8192)
+    assert layers.card == held + 2 * (4 * 10 * (A + 190) / 3 + 32 * 100 * 10 + 12 * 9000)
+    assert layers.read == 4 * N and layers.passing == 4 * 4 * 30 * 64 + layers.kept / 3
 
 
 def test_sampling_on_a_card_by_hand() -> None:
@@ -205,7 +217,7 @@ def test_evaluation_on_a_card_by_hand() -> None:
     need = needs.evaluate(shape(), "evaluate", [1000.0], 2, 3, 10, CARD, beside=True)
     assert (need.memory, need.card) == (WAY, 8 * N + 32 * 100 * 10)
     tight = needs.evaluate(shape(), "e", [1000.0], 0, 3, 10, with_card(6 * N), beside=True)
-    assert tight.card == 4 * N + 4 * (2 * 6400 + 4096 + 8192 + 64) + 8 * 30 * 64 + 32 * 100 * 10
+    assert tight.card == 8 * N + 8 * 30 * 64 + 32 * 100 * 10
 
 
 def test_a_card_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
