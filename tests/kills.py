@@ -60,7 +60,8 @@ def kill(process: psutil.Popen) -> bool:
             one.kill()
     process.wait()
     psutil.wait_procs(family)
-    process.stderr.close()
+    if process.stderr:
+        process.stderr.close()
     return running
 
 

@@ -1,14 +1,19 @@
-"""Kill -9 in each notebook of a run: it goes on, and ends with the bytes of a run that nobody disturbed.
+"""Kill -9 in each notebook of a run: it goes on, and ends with the bytes of a run that nobody disturbed. So does a run
+whose work a cluster shares and loses a worker.
 
 `tests/bench/kill.py` kills each of them many times.
 """
 
 import random
 import shutil
+import subprocess
+import sys
+import time
 
 import kills
+import psutil
 import pytest
-from conftest import same_products
+from conftest import ARGUMENTS, same_products
 
 from dynq.run import NOTEBOOKS
 
@@ -24,6 +29,36 @@ def test_each_notebook_is_killed_once(quick_run, tmp_path):
             hits += found["hit"]
     assert same_products(whole, folder) == []
     assert hits >= 3
+
+
+def test_a_run_with_workers_loses_one_in_the_middle(quick_run, tmp_path):
+    """The command with two workers, one of which is killed while sensitivities are measured: all products are those of
+    the command without a cluster."""
+    pytest.importorskip("distributed")
+    whole, _ = quick_run
+    folder, said = tmp_path / "run", tmp_path / "said"
+    command = [sys.executable, "-m", "dynq.cli", *ARGUMENTS, "--workers", "2", "--out", str(folder)]
+    with said.open("w") as stream:
+        process = psutil.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+
+    def workers() -> list[psutil.Process]:
+        return [child for child in process.children() if "--multiprocessing-fork" in child.cmdline()]
+
+    def measuring() -> bool:
+        return kills.steps(folder).get("sensitivity", {}).get("state") == "started"
+
+    try:
+        while process.poll() is None and not ((folder / "run.json").exists() and measuring()):
+            time.sleep(0.02)
+        assert process.poll() is None, said.read_text()
+        time.sleep(0.5)  # tasks have begun
+        before = workers()
+        before[0].kill()
+        assert len(before) == 2 and measuring()
+        assert process.wait(300) == 0, said.read_text()
+    finally:
+        kills.kill(process)
+    assert same_products(whole, folder) == []
 
 
 @pytest.mark.parametrize("damage", ["cut off", "other bytes", "gone"])
