@@ -331,10 +331,12 @@ def test_a_config_larger_than_its_weights(model: Path) -> None:
     [
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: *b", "has aliases"),
         ("a: " + "[" * 5000, "nested deeper than 50 brackets"),
-        ("- " * 15_000, "no readable YAML"),
-        ("a: [", "no readable YAML"),
+        ("- " * 15_000, "not readable as YAML"),
+        ("a: [", "not readable as YAML"),
+        ("a: 2000-99-99", "not readable as YAML"),
+        ("a: !!bool x", "not readable as YAML"),
         ("a: " + "x" * 40_000, "40,003 characters"),
-        ("!!python/object/apply:os.system ['true']", "no readable YAML"),
+        ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
 def test_yaml_of_a_card(front: str, words: str, model: Path) -> None:

@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 
-from dynq import chat_template, tokenizer
+from dynq import chat_template, sweep, tokenizer
+from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import logits_file
@@ -59,6 +60,7 @@ _TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.first and m.content | length > 2 %}{{ bos_token }}{% endif %}"
     "{{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_SWEEP = "models: [a, ./b/c]\ntargets: [3.5bpw, 'like:Q4_K_M']\nseeds: [0, 1]\nparameters: {n_chunks: 4, text: 'x'}\n"
 
 
 @dataclass
@@ -85,6 +87,12 @@ def _read_run(path: Path) -> None:
             folder.write_json("out.json", {})
 
 
+def _read_sweep(path: Path) -> None:
+    asked = sweep.read_sweep(path)
+    list(asked.runs())
+    runner.plan(asked.models[0], asked.targets, RunFolder(path.parent / "-"), asked.parameters | {"seed": 0})
+
+
 def _read_template(path: Path) -> None:
     text = path.read_bytes().decode("utf-8", "replace")
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
@@ -106,6 +114,9 @@ def readers(root: Path) -> dict[str, Reader]:
     recipe = Recipe(formats, "3bpw", 1000, 3.0, 0.1, {"text": "x"})
     (root / "gguf").mkdir()
     export(checkpoint, recipe, None, root / "gguf" / "m.gguf", threads=1)
+    (root / "split").mkdir()
+    export(checkpoint, recipe, None, root / "split" / "m.gguf", threads=1, shard_bytes=30_000)
+    split = sorted(path.name for path in (root / "split").iterdir())
 
     files = root / "files"
     files.mkdir()
@@ -123,6 +134,8 @@ def readers(root: Path) -> dict[str, Reader]:
     line = json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]})
     (files / "t.jsonl").write_text((line + "\n") * 8)
     (files / "t.jinja").write_text(_TEMPLATE)
+    (files / "sweep.yml").write_text(_SWEEP)
+    _read_sweep(files / "sweep.yml")  # what it imports is there before any input is timed
     built = tokenizer.from_gguf(checkpoint.metadata)
     run = RunFolder(root / "run")
     _read_run(run.path)
@@ -141,6 +154,7 @@ def readers(root: Path) -> dict[str, Reader]:
     found = {
         "gguf": Reader(root / "gguf", ["m.gguf"], in_gguf),
         "gguf header": Reader(root / "gguf", ["m.gguf"], Recipe.from_gguf),
+        "split gguf": Reader(root / "split", split, lambda path: in_gguf(path.parent / split[0])),
         "safetensors": Reader(model, shards, in_folder),
         "model folder": Reader(model, small, in_folder),
         "tokenizer.json": Reader(model, ["tokenizer.json"], in_folder),
@@ -150,6 +164,7 @@ def readers(root: Path) -> dict[str, Reader]:
         "logits": Reader(files, ["l.logits"], logits_file.read),
         "run.json": Reader(run.path, ["run.json"], lambda path: _read_run(path.parent)),
         "chats": Reader(files, ["t.jsonl"], with_text),
+        "sweep": Reader(files, ["sweep.yml"], _read_sweep),
         "template": Reader(files, ["t.jinja"], _read_template),
     }
     for name, extra in _tokenizers(root).items():
