@@ -8,18 +8,16 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import yaml
 
 from dynq import architectures, formats, remote, safetensors_reader, shards, tokenizer
 from dynq.architectures import Architecture
 from dynq.errors import DynqError
-from dynq.files import load_json, read_bytes, sha256, taking_apart
+from dynq.files import load_json, parse_yaml, read_bytes, sha256, taking_apart
 from dynq.gguf_reader import Reader
 from dynq.progress import progress
 
@@ -27,7 +25,7 @@ EMBEDDED = "dynq-tiny"
 """The name of the model inside the package."""
 
 # a model card's bytes; characters, and brackets within brackets, of the YAML at its top
-_LARGEST_CARD, _LONGEST_FRONT, _DEEPEST = 1 << 22, 1 << 15, 50
+_LARGEST_CARD = 1 << 22
 _PAGES, _PAGE = 64, 4096  # read of each file to tell it from another
 _PLAIN_TYPES = {"F32", "F16", "BF16"}  # GGUF types that are not quantized
 # Keys that the exporter writes anew, or that speak of a file that is being replaced.
@@ -325,20 +323,7 @@ def _check_card(path: Path) -> None:
     if lines[:1] != ["---"]:
         return
     front = "\n".join(lines[1 : lines.index("---", 1) if "---" in lines[1:] else None]).replace("\t", "  ")
-    nested = accumulate((mark in "[{") - (mark in "]}") for mark in front)
-    problem = ""
-    if len(front) > _LONGEST_FRONT or max(nested, default=0) > _DEEPEST:  # PyYAML takes the square of the depth
-        problem = f"is {len(front):,} characters long, or nested deeper than {_DEEPEST} brackets"
-    else:
-        try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(front, yaml.SafeLoader)):
-                problem = "has aliases, by which a few lines become millions"
-            else:
-                yaml.safe_load(front)
-        except (yaml.YAMLError, RecursionError):
-            problem = "is no readable YAML"
-    if problem:
-        raise DynqError(f"{path}: the YAML at its top {problem}; shorten or delete the file")
+    parse_yaml(front, f"{path}: the YAML at its top")
 
 
 # --- GGUF files -----------------------------------------------------------------------------------------------------

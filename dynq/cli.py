@@ -420,10 +420,11 @@ def apply(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
     ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
-    from dynq import describe, export
+    from dynq import describe, export, reckon
     from dynq.allocate import parse_bytes
     from dynq.checkpoint import open_checkpoint
     from dynq.codec import check_level
@@ -433,6 +434,7 @@ def apply(
     described = describe.read(recipe)
     importance = read_imatrix(imatrix) if imatrix else None
     checkpoint = open_checkpoint(model, allow_requantize)
+    reckon.of_applied(checkpoint, described.recipe, out, level=level, threads=threads).tell(sys.stderr, yes=yes)
     made = export.apply(
         described,
         checkpoint,

@@ -8,10 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import yaml
 
 from dynq.errors import DynqError
 
@@ -19,6 +21,7 @@ _STEP = 1 << 24  # bytes read at once
 # JSON of strangers. The largest of a model is a vocabulary (Gemma 4: 33 MB, 2.2 million commas, colons and brackets);
 # Python makes up to a hundred bytes of each.
 _MOST_BYTES, _MOST_MARKS = 1 << 26, 3_000_000
+_LONGEST_YAML, _DEEPEST = 1 << 15, 50  # PyYAML takes the square of the depth
 
 
 def sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
@@ -105,6 +108,22 @@ def parse_json(data: bytes, where: str | Path, unique: bool = False) -> Any:
         raise DynqError(f"{where}: JSON nested too deep; fetch it again") from None
     except ValueError as error:
         raise DynqError(f"{where}: not readable as JSON ({error}); fetch it again or make it anew") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text that a stranger wrote. DynqError, beginning with `where`: no YAML, long, deep, or with
+    aliases."""
+    nested = accumulate((mark in "[{") - (mark in "]}") for mark in text)
+    if len(text) > _LONGEST_YAML or max(nested, default=0) > _DEEPEST:
+        problem = f"is {len(text):,} characters long, or nested deeper than {_DEEPEST} brackets"
+    else:
+        try:
+            if not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                return yaml.safe_load(text)
+            problem = "has aliases, by which a few lines become millions"
+        except (yaml.YAMLError, RecursionError, AttributeError, LookupError, ValueError) as error:
+            problem = f"is not readable as YAML ({error})"
+    raise DynqError(f"{where} {problem}; shorten or mend it")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -35,9 +35,10 @@ _BAR = re.compile(r"(?:(?P<what>.*?): )?\s*(?P<part>\d+)%\|[^|]*\|\s*(?P<rest>.*
 class Look(NamedTuple):
     """A job as it stands.
 
-    state: "running", "done", "failed", "cancelled", or "killed" where its process is gone without a word. steps: what
-    it does, in order; at: the one that it is in or ended in. seconds: from its start to now, or to its end. bar: the
-    last progress bar in words; part: how much of it, 0 to 1. error: one line. dashboard: link to that of a cluster.
+    state: "running", "done", "failed", "cancelled", "refused" where memory or disk do not suffice, or "killed" where
+    its process is gone without a word. steps: what it does, in order; at: the one that it is in or ended in. seconds:
+    from its start to now, or to its end. bar: the last progress bar in words; part: how much of it, 0 to 1. error: one
+    line. dashboard: link to that of a cluster.
     """
 
     state: str
@@ -86,9 +87,10 @@ class Job:
                 found[name] = words.get(records.get(name, {}).get("state"), "to do")
         return found
 
-    def start(self, last: str | None = None) -> None:
+    def start(self, last: str | None = None, *, yes: bool = False) -> None:
         """Begin, up to the step `last`: what is done and unchanged is skipped, what was cut off goes on.
 
+        yes: go on where the estimate says that memory or disk do not suffice; else such a job is "refused".
         DynqError: a mistake in parameters or targets, as `dynq.run.plan` has it, or somebody works in the folder.
         """
         every = self._plan()
@@ -117,7 +119,7 @@ class Job:
             sign(lock, process.pid)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                json.dump({"force": self.folder.force, "tasks": tasks, "check": check}, pipe)
+                json.dump({"force": self.folder.force, "tasks": tasks, "check": check, "yes": yes}, pipe)
             while _record(self.folder) is None:  # from then on it can be cancelled
                 if process.poll() is not None:
                     raise DynqError(f"{self.folder.path}: the job did not begin: {(self.log(1) or ['no word'])[0]}")
@@ -158,7 +160,7 @@ class Job:
             if state == "running":
                 state, until = "killed", record["written"]
                 error = "its process was killed, by the system if memory ran out; start again to go on"
-        seconds = (until or time.time()) - record["started"]
+        seconds = max(0.0, (until or time.time()) - record["started"])  # clocks go backwards
         dashboard = record.get("dashboard", "")
         return Look(state, record["steps"], record["at"], seconds, record["bar"], record["part"], error, dashboard)
 
@@ -247,7 +249,11 @@ class _Watched:
         return True
 
 
-def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task]) -> None:
+class _Refused(Exception):
+    """What does not fit, with its numbers."""
+
+
+def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task], yes: bool = False) -> None:
     watched = _Watched(sys.stderr, folder, [task.step for task in tasks])
     watched.note()
     end = {"state": "done"}
@@ -257,13 +263,18 @@ def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task])
 
             runner.check_sizes(check, checkpoint := runner.opened(check))
             steps = {task.step: task.parameters for task in check}
-            reckon.of_run(checkpoint, steps, folder).tell(sys.stderr, yes=True)  # nobody is there to say yes
+            reckoned = reckon.of_run(checkpoint, steps, folder)
+            if not yes and (lacks := reckoned.lacks()):
+                raise _Refused(lacks)
+            reckoned.tell(sys.stderr, yes=yes)
         for i, task in enumerate(tasks):
             watched.note(at=i, bar="", part=None)
             runner.execute_each([task], folder, stream=watched)  # type: ignore[arg-type]
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         end = {"state": "cancelled", "error": "cancelled; start again to go on from here"}
+    except _Refused as error:
+        end = {"state": "refused", "error": f"{error}, or go on all the same"}
     except (DynqError, runner.RunFailed) as error:
         end = {"state": "failed", "error": " ".join(str(error).split())}
     except Exception as error:
@@ -280,7 +291,7 @@ def main() -> None:
     given = json.load(sys.stdin)
     folder = RunFolder(sys.argv[1], force=given["force"])
     tasks, check = ([runner.Task(*task) for task in given[name]] for name in ("tasks", "check"))
-    _work(folder, tasks, check)
+    _work(folder, tasks, check, given["yes"])
 
 
 if __name__ == "__main__":

@@ -156,6 +156,16 @@ def of_evaluation(
     return Reckoning(found, machine, disk, {})
 
 
+def of_applied(
+    checkpoint: Checkpoint, recipe: Recipe, out: Path, *, level: str, threads: int | None = None
+) -> Reckoning:
+    """Of a model encoded by somebody's recipe, which may have been made for another width."""
+    machine, shape = Machine.here(threads or 0), Shape.of(checkpoint)
+    size = recipe.bpw / 8 * shape.n
+    need = needs.export(shape, "apply", size, level, tune=0, measured=0, chunks=0, n_ctx=0, domains=0, machine=machine)
+    return Reckoning([need], machine, free_disk(out.parent), {})
+
+
 def whole(step: str, reckoning: Reckoning) -> Need:
     """A run as one need: the most memory, all disk that it leaves and needs in passing, all seconds."""
     kept = sum(need.kept for need in reckoning.needs)

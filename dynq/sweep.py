@@ -13,17 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-import yaml
-
 import dynq
 from dynq import reckon
 from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.figures_sweep import sweep_rows
+from dynq.files import parse_yaml, read_bytes
 from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.tables import text_table
 from dynq.text import text_files
+
+_LONGEST = 1 << 20  # bytes of a sweep file
 
 
 class Sweep(NamedTuple):
@@ -35,8 +36,10 @@ class Sweep(NamedTuple):
     parameters: dict[str, Any]
 
     def runs(self) -> Iterator[tuple[str, int, str]]:
-        """Model, seed and the name of the run's folder. DynqError where two would have one folder."""
+        """Model, seed and the name of the run's folder. DynqError where two would have one, or one has none."""
         names = [file_safe(Path(model).name) for model in self.models]
+        if nameless := [model for model, name in zip(self.models, names, strict=True) if not name.strip(".")]:
+            raise DynqError(f"the model {nameless[0]!r} gives its runs no name; write the directory's own name")
         if twice := [name for name, n in Counter(map(str.lower, names)).items() if n > 1]:
             raise DynqError(f"two models are called {twice[0]}; rename a directory, or sweep them one by one")
         for (model, name), seed in itertools.product(zip(self.models, names, strict=True), self.seeds):
@@ -45,12 +48,12 @@ class Sweep(NamedTuple):
 
 def read_sweep(path: Path) -> Sweep:
     """A sweep file: YAML with models, targets and, if wanted, seeds and parameters. DynqError names what is wrong."""
+    if not path.exists():
+        raise DynqError(f"{path}: no such file")
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DynqError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DynqError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from None
+        given = parse_yaml(read_bytes(path, _LONGEST).decode("utf-8"), f"{path}: it")
+    except UnicodeDecodeError as error:
+        raise DynqError(f"{path}: not a text ({error})") from None
     if not isinstance(given, dict):
         raise DynqError(f"{path}: needs models: [...] and targets: [...]")
     if unknown := [key for key in given if key not in Sweep._fields]:

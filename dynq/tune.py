@@ -44,6 +44,7 @@ from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
 from dynq.teacher import Teacher
+from dynq.threads import power_of_two
 from dynq.torch_model import device_of, load_model, set_tensor
 
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -114,15 +115,15 @@ def tune(
     In memory at most: the teacher, the float32 model that is tuned, the gradient of its largest tensor, activations of
     one chunk of both (`side_by_side` of a small vocabulary), and of the model's size 4 % (formats of 256 weights) to
     30 % (of 32) for multipliers and what Adam keeps, twice that and 6 % more where there are offsets; where codes move,
-    the model `COPIES` times in all. The same input gives the same bytes for the same seed and number of threads, on a
-    CPU. With MKL (x86) the number does not count as long as it is a power of two: torch's activations round the last
-    few elements of a thread's share otherwise, and such shares have none.
+    the model `COPIES` times in all. The same input gives the same bytes for the same seed on a CPU; with MKL (x86)
+    whatever the number of threads, of which a power of two is taken (`dynq.threads.power_of_two`).
     DynqError: no chunks, a tensor is missing or does not fit the model, its answers are not finite.
     """
     for what, chunks in (("to fit", tokens), ("kept aside", aside)):
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
-    return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes, aims).run(seed, batch, passes)
+    with power_of_two():
+        return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes, aims).run(seed, batch, passes)
 
 
 def tuned(

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
+from costs import BYTES, SECONDS, Costs
 from safetensors.numpy import save_file
 
 from dynq import chat_template
@@ -57,8 +58,11 @@ def model(sound: Path, tmp_path: Path) -> Path:
 
 
 def refused(read: Callable[[], Any], words: str) -> None:
-    with pytest.raises(DynqError, match=words) as caught:
+    """One line of error, soon, in little memory, and nothing written anywhere."""
+    costs = Costs()
+    with pytest.raises(DynqError, match=words) as caught, costs:
         read()
+    assert costs.seconds < SECONDS and costs.bytes < BYTES and costs.written == []
     assert str(caught.value).isprintable() and len(str(caught.value)) < 2100
 
 
@@ -125,6 +129,25 @@ def test_gguf_that_lies(name: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     for read in (open_checkpoint, read_imatrix):
         refused(lambda read=read: read(path), words)
+
+
+def test_costs_are_seen(tmp_path: Path) -> None:
+    """What `refused` looks at."""
+    with Costs() as costs:
+        (tmp_path / "inside").mkdir()
+        (tmp_path / "x").write_bytes(b"")
+        np.ones(10**7)
+        sum(range(10**6))
+    assert costs.written == [tmp_path / "inside", tmp_path / "x"] and costs.outside(tmp_path) == []
+    assert costs.outside(tmp_path / "inside") == [tmp_path / "x"]
+    assert costs.seconds > 0.001 and (costs.bytes > 7e7 or sys.platform != "linux")
+
+
+def test_the_longest_list_that_is_read(tmp_path: Path) -> None:
+    path, n = tmp_path / "x.gguf", 2**20 - 1
+    path.write_bytes(header([key(b"k", 9, struct.pack("<IQ", 8, n) + (text(b"ab") * n))], []))
+    for read in (open_checkpoint, read_imatrix):
+        refused(lambda read=read: read(path), "not a model|not an importance matrix")
 
 
 def test_slashes_and_dots_in_a_name_are_a_name(tmp_path: Path) -> None:
@@ -331,10 +354,12 @@ def test_a_config_larger_than_its_weights(model: Path) -> None:
     [
         ("a: &a [x, x]\nb: &b [*a, *a]\nlicense: *b", "has aliases"),
         ("a: " + "[" * 5000, "nested deeper than 50 brackets"),
-        ("- " * 15_000, "no readable YAML"),
-        ("a: [", "no readable YAML"),
+        ("- " * 15_000, "not readable as YAML"),
+        ("a: [", "not readable as YAML"),
+        ("a: 2000-99-99", "not readable as YAML"),
+        ("a: !!bool x", "not readable as YAML"),
         ("a: " + "x" * 40_000, "40,003 characters"),
-        ("!!python/object/apply:os.system ['true']", "no readable YAML"),
+        ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
     ],
 )
 def test_yaml_of_a_card(front: str, words: str, model: Path) -> None:

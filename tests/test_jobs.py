@@ -88,6 +88,15 @@ def test_job_runs_until_its_last_thread_has_ended(tmp_path):
     process.wait()
 
 
+def test_clock_that_goes_backwards(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    record(folder)
+    monkeypatch.setattr(time, "time", lambda: 40.0)
+    assert Job(folder).look().seconds == 0
+    record(folder, state="done", ended=99.0, born=1.0)
+    assert Job(folder).look().seconds == 0
+
+
 def test_damaged_record_is_said(tmp_path):
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(DynqError, match=r"job\.json: not readable"):
@@ -169,6 +178,20 @@ def test_end_of_a_job(tmp_path, monkeypatch, capsys, cell, state, error):
     assert kept["state"] == state and error in kept["error"] and "\n" not in kept["error"]
     assert kept["ended"] >= kept["started"]
     assert (f"dynq: {kept['error']}" in capsys.readouterr().err) == (state == "failed")
+
+
+def test_what_does_not_fit_is_refused_until_somebody_says_yes(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    check = runner.plan("dynq-tiny", ["3bpw"], folder)
+    monkeypatch.setenv("DYNQ_MEMORY", "100MB")
+    monkeypatch.setattr(runner, "execute_each", lambda tasks, *_, **__: done.extend(tasks))
+    done = []
+    jobs._work(folder, check, check)
+    kept = json.loads((folder / "job.json").read_text())
+    assert kept["state"] == "refused" and done == []
+    assert re.fullmatch(r"calibrate needs about .* of memory, .* are free; .*, or go on all the same", kept["error"])
+    jobs._work(folder, check, check, yes=True)
+    assert json.loads((folder / "job.json").read_text())["state"] == "done" and done == check
 
 
 # --- real jobs --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from dynq.evaluate.tasks import Asked
 from dynq.folder import RunFolder
 from dynq.machine import CORE, Machine
 from dynq.needs import Need
+from dynq.recipe import Recipe
 from dynq.reckon import Reckoning
 from dynq.sweep import Sweep, reckoned
 
@@ -168,6 +169,16 @@ def test_command_refuses_before_any_work(tmp_path: Path) -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("dynq: calibrate needs about") and "95.4 MiB are free" in last and "--yes" in last
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_recipe_is_not_applied_where_it_cannot_fit(tmp_path: Path) -> None:
+    Recipe(dict.fromkeys(open_checkpoint("dynq-tiny").tensors, "Q8_0"), "", 0, 8.5, None).save(tmp_path / "r.json")
+    command = ("recipe", "apply", tmp_path / "r.json", "dynq-tiny", "--out", tmp_path / "m.gguf")
+    done = dynq_command(*command, DYNQ_MEMORY="10MB")
+    assert done.returncode == 2 and "dynq: apply needs about" in done.stderr and "9.54 MiB are free" in done.stderr
+    assert not (tmp_path / "m.gguf").exists()
+    done = dynq_command(*command, "--yes", DYNQ_MEMORY="10MB")
+    assert done.returncode == 0 and "going on" in done.stderr and (tmp_path / "m.gguf").exists()
 
 
 def test_a_full_disk_is_refused_and_yes_goes_on(

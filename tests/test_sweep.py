@@ -35,6 +35,7 @@ def test_file_is_read(read):
     ("text", "message"),
     [
         ("models: [", "not readable as YAML"),
+        ("models: &a [x]\ntargets: *a", "has aliases"),
         ("just words", "needs models"),
         ("targets: [3bpw]", r"models must be a list of names, each once, not \[\]"),
         ("models: a\ntargets: [3bpw]", "models must be a list of names"),
@@ -56,6 +57,8 @@ def test_missing_file_and_models_of_one_name(tmp_path):
         sweep.read_sweep(tmp_path / "sweep.yml")
     with pytest.raises(DynqError, match="two models are called tiny"):
         list(sweep.Sweep(["a/tiny", "b/Tiny"], ["3bpw"], [0], {}).runs())
+    with pytest.raises(DynqError, match=r"the model '\.\./\.\.' gives its runs no name"):  # else beside the sweep
+        list(sweep.Sweep(["../.."], ["3bpw"], [0], {}).runs())
 
 
 @pytest.mark.parametrize(

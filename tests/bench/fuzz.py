@@ -1,8 +1,9 @@
 """Feeds damaged files to every reader: python tests/bench/fuzz.py --inputs 100000 --seed 0
 
 An input is a sound file with a few changes: bits, bytes and pieces of any file, values of JSON, numbers of headers. The
-reader must take it or raise DynqError, in two seconds of computing and with no more than 500 MB. Prints how often each
-outcome came for each reader; what is neither is listed, kept in --keep, and the exit status is 1. Linux.
+reader must take it or raise DynqError, in two seconds of computing, with no more than 500 MB, and write nothing outside
+of the file's folder. Prints how often each outcome came for each reader; what is none of these is listed, kept in
+--keep, and the exit status is 1. Linux.
 
 An input is determined by the seed and its number: --first N --inputs 1 runs a single one again, in this process.
 """
@@ -15,7 +16,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import select
 import shutil
 import signal
@@ -37,8 +37,10 @@ from sentencepiece import SentencePieceTrainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
+from costs import BYTES, SECONDS, Costs
 
-from dynq import chat_template, tokenizer
+from dynq import chat_template, sweep, tokenizer
+from dynq import run as runner
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import logits_file
@@ -48,7 +50,7 @@ from dynq.imatrix import Importance, read_imatrix, write_imatrix
 from dynq.recipe import Recipe
 from dynq.text import load_text
 
-SECONDS, BYTES, HANG = 2.0, 500e6, 60.0
+HANG = 60.0  # seconds on the clock
 _SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
 _NUMBERS = [0, 1, 2, 3, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1]
 _VALUES: list[Any] = [
@@ -59,6 +61,7 @@ _TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.first and m.content | length > 2 %}{{ bos_token }}{% endif %}"
     "{{ m['content'] | trim }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_SWEEP = "models: [a, ./b/c]\ntargets: [3.5bpw, 'like:Q4_K_M']\nseeds: [0, 1]\nparameters: {n_chunks: 4, text: 'x'}\n"
 
 
 @dataclass
@@ -85,6 +88,12 @@ def _read_run(path: Path) -> None:
             folder.write_json("out.json", {})
 
 
+def _read_sweep(path: Path) -> None:
+    asked = sweep.read_sweep(path)
+    list(asked.runs())
+    runner.plan(asked.models[0], asked.targets, RunFolder(path.parent / "-"), asked.parameters | {"seed": 0})
+
+
 def _read_template(path: Path) -> None:
     text = path.read_bytes().decode("utf-8", "replace")
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]
@@ -106,6 +115,9 @@ def readers(root: Path) -> dict[str, Reader]:
     recipe = Recipe(formats, "3bpw", 1000, 3.0, 0.1, {"text": "x"})
     (root / "gguf").mkdir()
     export(checkpoint, recipe, None, root / "gguf" / "m.gguf", threads=1)
+    (root / "split").mkdir()
+    export(checkpoint, recipe, None, root / "split" / "m.gguf", threads=1, shard_bytes=30_000)
+    split = sorted(path.name for path in (root / "split").iterdir())
 
     files = root / "files"
     files.mkdir()
@@ -123,6 +135,8 @@ def readers(root: Path) -> dict[str, Reader]:
     line = json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}]})
     (files / "t.jsonl").write_text((line + "\n") * 8)
     (files / "t.jinja").write_text(_TEMPLATE)
+    (files / "sweep.yml").write_text(_SWEEP)
+    _read_sweep(files / "sweep.yml")  # what it imports is there before any input is timed
     built = tokenizer.from_gguf(checkpoint.metadata)
     run = RunFolder(root / "run")
     _read_run(run.path)
@@ -141,6 +155,7 @@ def readers(root: Path) -> dict[str, Reader]:
     found = {
         "gguf": Reader(root / "gguf", ["m.gguf"], in_gguf),
         "gguf header": Reader(root / "gguf", ["m.gguf"], Recipe.from_gguf),
+        "split gguf": Reader(root / "split", split, lambda path: in_gguf(path.parent / split[0])),
         "safetensors": Reader(model, shards, in_folder),
         "model folder": Reader(model, small, in_folder),
         "tokenizer.json": Reader(model, ["tokenizer.json"], in_folder),
@@ -150,6 +165,7 @@ def readers(root: Path) -> dict[str, Reader]:
         "logits": Reader(files, ["l.logits"], logits_file.read),
         "run.json": Reader(run.path, ["run.json"], lambda path: _read_run(path.parent)),
         "chats": Reader(files, ["t.jsonl"], with_text),
+        "sweep": Reader(files, ["sweep.yml"], _read_sweep),
         "template": Reader(files, ["t.jinja"], _read_template),
     }
     for name, extra in _tokenizers(root).items():
@@ -267,9 +283,10 @@ def one(number: int, seed: int, found: dict[str, Reader], work: Path, keep: Path
     path = folder / name
     sound = (reader.folder / name).read_bytes()
     path.write_bytes(change(sound, name, rng))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    costs = Costs()
     try:
-        reader.read(path)
+        with costs:
+            reader.read(path)
         outcome, details = "taken", ""
     except DynqError as error:
         outcome, details = "refused", str(error)
@@ -281,11 +298,12 @@ def one(number: int, seed: int, found: dict[str, Reader], work: Path, keep: Path
         outcome = type(error).__name__
         frame = traceback.extract_tb(error.__traceback__)[-1]
         details = f"{error} ({frame.filename}:{frame.lineno})"
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if time.process_time() - start > SECONDS:
-        outcome, details = "slow", f"{time.process_time() - start:.1f} s, {outcome} {details}"
-    if used * 1024 > BYTES:
-        outcome, details = "large", f"{used >> 10} MiB, {outcome} {details}"
+    if costs.seconds > SECONDS:
+        outcome, details = "slow", f"{costs.seconds:.1f} s, {outcome} {details}"
+    if costs.bytes > BYTES:
+        outcome, details = "large", f"{costs.bytes >> 20} MiB, {outcome} {details}"
+    if elsewhere := costs.outside(work):
+        outcome, details = "wrote", f"{elsewhere}, {outcome} {details}"
     if keep is not None and outcome not in ("taken", "refused"):
         shutil.copytree(folder, keep / str(number), dirs_exist_ok=True)
     shutil.rmtree(folder) if reader.folder.name == "run" else path.write_bytes(sound)

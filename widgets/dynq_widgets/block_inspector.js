@@ -111,7 +111,8 @@ export default {
       title.textContent = shown.title;
       detail.textContent = shown.message;
       detail.dataset.kind = shown.message ? "error" : "";
-      picture.innerHTML = shown.svg; // drawn by dynq, all texts escaped
+      // as XML it is whole or an error, and not mended into something else
+      picture.replaceChildren(document.importNode(new DOMParser().parseFromString(shown.svg, "image/svg+xml").documentElement, true));
       overlay = drawn("g", { "pointer-events": "none" });
       picture.querySelector("svg").append(overlay);
       weight = undefined;

@@ -23,7 +23,7 @@ function render({ model, el }) {
   const start = (last) => {
     for (const button of root.querySelectorAll("[data-do=start]")) button.disabled = true;
     say("info", "starting …");
-    ask({ do: "start", last });
+    ask({ do: "start", last, yes: !allTheSame.hidden && yes.checked });
   };
   const said = element("div", { role: "status", "aria-live": "off", "data-total": "job", class: "dq-grow" });
   const cancel = element("button", { type: "button", "data-do": "cancel", onclick: () => (say("info", "cancelling …"), ask({ do: "cancel" })) }, "Cancel");
@@ -31,8 +31,10 @@ function render({ model, el }) {
   const log = element("pre", { tabindex: "0", "aria-label": "last lines of the log", "data-total": "log" });
   const details = element("details", { open: true }, element("summary", { class: "dq-soft" }, "log"), log);
   const message = element("div", { class: "dq-message", role: "status", "aria-live": "polite" });
+  const yes = element("input", { type: "checkbox", "data-do": "yes" });
+  const allTheSame = element("label", { hidden: true }, yes, " go on all the same");
   const folder = element("div", { class: "dq-soft dq-row" });
-  root.append(folder, element("table", { "aria-label": "steps of the run" }, body), element("div", { class: "dq-row" }, cancel, said), message, details);
+  root.append(folder, element("table", { "aria-label": "steps of the run" }, body), element("div", { class: "dq-row" }, cancel, said), message, allTheSame, details);
 
   function say(kind, text) {
     message.dataset.kind = text ? kind : "info";
@@ -70,6 +72,8 @@ function render({ model, el }) {
     cancel.disabled = !running;
     said.textContent = job ? job.said : "no job yet";
     said.dataset.state = job?.state ?? "";
+    if (job?.state === "refused" && allTheSame.hidden) yes.checked = false; // each refusal is answered anew
+    allTheSame.hidden = job?.state !== "refused";
     details.hidden = lines.length === 0;
     const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 4;
     log.textContent = lines.join("\n");

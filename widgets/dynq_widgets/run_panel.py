@@ -31,11 +31,12 @@ class RunPanel(View):
             self.on_msg(lambda _, content, __: self.do(content))
 
     def do(self, what: Mapping[str, Any]) -> None:
-        """Carry out what the browser asks for: {"do": "start", "last": "sensitivity"}, "cancel", "look"."""
+        """Carry out what the browser asks for: {"do": "start", "last": "sensitivity", "yes": false}, "cancel",
+        "look". yes: as in `Job.start`."""
         try:
             if what["do"] == "start":
                 self.message = {}
-                self.job.start(what.get("last"))
+                self.job.start(what.get("last"), yes=what.get("yes") is True)
             elif what["do"] == "cancel":
                 self.message = {} if self.job.cancel() else {"kind": "info", "text": "nothing runs here"}
             elif what["do"] != "look":
