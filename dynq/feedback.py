@@ -75,21 +75,17 @@ class Encoded:
     best: np.ndarray | None = None
 
 
-def hessian(inputs: np.ndarray, token_weights: np.ndarray | None = None) -> Hessian:
-    """The Hessian of inputs [tokens, n], each token weighing token_weights [tokens] (at least 0; 1 if None).
+def hessian(inputs: np.ndarray) -> Hessian:
+    """The Hessian of inputs [tokens, n].
 
-    Hessians of batches of one domain may be added. DynqError for shapes that do not fit, NaN or infinity.
+    Hessians of batches of one domain may be added. DynqError for another shape, NaN or infinity.
     """
-    x = np.asarray(inputs)
+    x = np.asarray(inputs, np.float64)
     if x.ndim != 2:
         raise DynqError(f"inputs of a layer are [tokens, n], got shape {x.shape}")
-    w = np.ones(len(x)) if token_weights is None else np.asarray(token_weights, np.float64)
-    if w.shape != (len(x),):
-        raise DynqError(f"token weights have shape {w.shape}, there are {len(x)} tokens")
-    if not (np.isfinite(x).all() and np.isfinite(w).all() and (w >= 0).all()):
-        raise DynqError("inputs and token weights must be finite, token weights at least 0")
-    root = x.astype(np.float64) * np.sqrt(w)[:, None]
-    return Hessian(root.T @ root, int(np.count_nonzero(w)))
+    if not np.isfinite(x).all():
+        raise DynqError("inputs of a layer must be finite")
+    return Hessian(x.T @ x, len(x))
 
 
 def output_error(weights: np.ndarray, decoded: np.ndarray, inputs: Inputs) -> float:

@@ -370,12 +370,13 @@ def export(
     of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
     coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
     rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
-    backward; tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward, up to `tune.BATCH`
-    (`tune.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room. On
-    a card the model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts, 2 N more
-    where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a weight
-    (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards, 18 rows^3; tuning 8 P T a
-    pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED where codes move.
+    backward, or a second model (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and
+    backward, up to `tune.BATCH` (`tune.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
+    which there must be room. On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in
+    passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2))
+    and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D
+    guards, 18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning,
+    N MOVED where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -392,7 +393,7 @@ def export(
         hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums))
         encoding = max((16 * domains + 60) * p.n_in**2 + 60 * wide[p.name] ** 2 for p in fed) + own
         at_once = min(machine.threads, measured)
-        held = F32 * shape.n + hessians + max(encoding, at_once * sequence)
+        held = F32 * shape.n + max(hessians + max(encoding, at_once * sequence), F32 * shape.n + sequence)
         card, beside = card + sequence, max(beside, hessians + encoding)  # Hessians only where it has room to spare
         flops += 6 * read * shape.active + 2 * read * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
         flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)

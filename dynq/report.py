@@ -16,6 +16,7 @@ from dynq.fisher import Fisher
 from dynq.folder import RunFolder, file_safe
 from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
+from dynq.stages import stage_rows
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
@@ -32,14 +33,14 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
         name = file_safe(target["target"])
         recipe = Recipe.load(folder / f"{name}.recipe.json")
         mix = mixes.mix(target["below"], checkpoint.tensors, checkpoint.metadata, evaluation["mixes_with_importance"])
-        scored = by_label[target["label"]]["statistics"]
-        measured = scored and scored["Mean KLD"]
-        stages = stage_rows(recipe.predicted_kld, folder.read_json(f"{name}.export.json"), measured)
+        exported = folder.read_json(f"{name}.export.json")
+        stages = stage_rows(exported.get("stages", []), exported["tuning"])  # not in the folders of older versions
         grids.append(
             _embedded(figures.recipe_grid(recipe, checkpoint.tensors, mix), f"recipe-{name}")
             | {
                 "target": target["target"],
-                "stages": figures.html_table(stages, "What each stage of encoding brought"),
+                "stages": figures.html_table(stages, "KLD after each stage of encoding") if stages else "",
+                "predicted": [recipe.predicted_kld, exported["predicted_kld"]],
                 "recipe_file": f"{name}.recipe.json",
                 "types_file": f"{name}.tensor-types.txt",
                 "generated": target["generated"],
@@ -65,21 +66,6 @@ def write_report(folder: RunFolder, checkpoint: "Checkpoint") -> None:
     for name, own in (("report.html", values), ("model-card.md", values | more)):
         with replacing(folder / name) as beside:
             beside.write_text(_template(f"{name}.j2").render(own), encoding="utf-8")
-
-
-def stage_rows(plain: float | None, exported: Mapping[str, Any], measured: float | None) -> list[dict[str, Any]]:
-    """KLD after each stage of encoding, and how it is known. plain: predicted; exported: what notebook 06 wrote."""
-    rows = [{"stage": "as in the table", "KLD": plain, "known by": "the sensitivity table"}]
-    if told := exported["encoding"]:
-        fed_back = [entry for entry in told if entry["level"] == "feedback"]
-        how = f"the table times the output errors of {len(fed_back)} tensors, on chunks kept aside"
-        rows.append({"stage": "errors fed back", "KLD": exported["predicted_kld"], "known by": how})
-    if "kld" in exported["tuning"]:
-        before, after = exported["tuning"]["kld"]
-        how = f"measured on chunks kept aside: {before:.4f} before, ratio {after / before:.3f}"
-        rows.append({"stage": "scales and norms tuned", "KLD": after, "known by": how})
-    how = "not measured" if measured is None else "measured on the evaluation text"
-    return [*rows, {"stage": "the file", "KLD": measured, "known by": how}]
 
 
 def file_tables(evaluation: Mapping[str, Any]) -> dict[str, str]:

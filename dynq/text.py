@@ -46,12 +46,13 @@ class Text:
     domains: tuple[str, ...]
 
 
-def prompts(split: str) -> list[Messages]:
+def prompts(split: str, *, foreign: bool = False) -> list[Messages]:
     """The hand-written conversations of the package, each ending with a user's turn.
 
-    split: "calibrate", or "evaluate": fewer, on other subjects. Raises DynqError for another name.
+    split: "calibrate", or "evaluate": fewer, on other subjects. foreign: those that are not in English alone. Raises
+    DynqError for another name.
     """
-    return [entry["messages"] for entry in _entries(split)]
+    return [entry["messages"] for entry in _entries(split) if not foreign or entry["lang"] != "en"]
 
 
 def _entries(split: str) -> list[dict[str, Any]]:

@@ -44,6 +44,17 @@ def test_bytes_do_not_depend_on_threads(llama: Checkpoint, tmp_path: Path) -> No
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "has", "lacks"), [("llama", "output", "token_embd"), ("gemma2", "token_embd", "output")]
+)
+def test_the_head_has_importance_and_a_look_up_has_none(kind: str, has: str, lacks: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_models.make(kind, tmp_path / "model"))
+    found = calibrate(checkpoint, load_model(checkpoint), _text(1), tmp_path, keep=1)
+    missing = {name for name, info in checkpoint.tensors.items() if info.quantizable} - found.sums.keys()
+    assert f"{has}.weight" in found.sums and f"{lacks}.weight" not in found.sums
+    assert missing == ({"token_embd.weight"} if lacks == "token_embd" else set())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_layer_by_layer_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_models.make(name, tmp_path / "model"))

@@ -11,12 +11,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import published
 import quality
+from passages import passages
 
 from dynq import describe, mixes
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
+from dynq.folder import RunFolder
 from dynq.imatrix import Importance, write_imatrix
 from dynq.recipe import Recipe
+from dynq.text import encode, prompts
+from dynq.torch_model import load_tokenizer
 
 RECIPES = sorted((Path(__file__).parent / "bench" / "recipes").glob("*.json"))
 
@@ -74,6 +78,55 @@ def test_more_bytes_than_the_rival_is_an_error():
 
 def test_every_row_has_a_goal():
     assert set(quality.QUICK) <= set(quality.GOALS) and set(quality.GOALS) | set(quality.ARM) <= set(mixes.MIXES)
+
+
+def test_passages_begin_behind_what_is_skipped(tmp_path):
+    tokenizer = load_tokenizer(open_checkpoint("dynq-tiny"))
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(map(str, range(200))))
+    ids = encode(tokenizer, file.read_text())
+    for skip, count in ((0, 2), (3, 2)):
+        found = passages(file, tokenizer, n_ctx=16, chunks=count, skip=skip)
+        assert found.ravel().tolist() == ids[16 * skip : 16 * (skip + count)]
+    last = len(ids) // 16 - 1
+    assert len(passages(file, tokenizer, n_ctx=16, chunks=2, skip=last)) == 1
+    with pytest.raises(DynqError, match=f"no more than {last + 1} chunks of 16 tokens"):
+        passages(file, tokenizer, n_ctx=16, chunks=2, skip=last + 1)
+
+
+def test_domains_of_a_text(tmp_path, monkeypatch):
+    model = open_checkpoint("dynq-tiny")
+    bench = quality.Bench(model, "dynq-tiny", tmp_path / "out", [], 1)
+    bench.run.path.mkdir(parents=True)
+    own = np.arange(96).reshape(3, 32)
+    bench.run.write_json("evaluate-text.json", {"tokens": own.tolist()})
+    monkeypatch.setattr(RunFolder, "state", {"steps": {"calibrate-text": {"parameters": {"text": ""}}}})
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(map(str, range(100))))
+    found = bench.text(f"sampled,{file},languages", 2, 1)
+    assert found.domains == {"sampled": 2, "languages": 2, "text.txt": 2}
+    tokenizer = load_tokenizer(model)
+    assert found.tokens[:2].tolist() == own[:2].tolist()  # of these none is skipped
+    assert found.tokens[4:].ravel().tolist() == encode(tokenizer, file.read_text())[32:96]
+    foreign = [messages[-1]["content"] for messages in prompts("evaluate", foreign=True)]
+    assert 0 < len(foreign) < len(prompts("evaluate")) and any("ä" in text for text in foreign)
+    said = tokenizer.decode(found.tokens[2:4].ravel().tolist())
+    assert foreign[0][:40] in said
+    written = [json.loads(line)["messages"] for line in (tmp_path / "out" / "languages.jsonl").read_text().splitlines()]
+    assert written == prompts("evaluate", foreign=True)
+
+
+def test_predictions_beside_what_was_measured(tmp_path):
+    run = RunFolder(tmp_path)
+    recipe = Recipe({"a": "Q4_K"}, "like:Q2_K", 1, 4.5, 0.3)
+    for name, found in (("2bpw", {"plain": 0.25, "feedback": 0.2, "tuning": 0.1}), ("3bpw", {})):
+        recipe.save(tmp_path / f"{name}.recipe.json")
+        stages = [{"stage": stage, "kld": kld} for stage, kld in found.items()]
+        run.write_json(f"{name}.export.json", {"predicted_kld": 0.22, "stages": stages})
+    first, second = quality.predictions(run, ["2bpw", "3bpw"])
+    figures = {"plain: predicted": 0.3, "plain: measured": 0.25, "plain: ratio": 1.2}
+    figures |= {"feedback: predicted": 0.22, "feedback: measured": 0.2, "feedback: ratio": 1.1}
+    assert first == {"target": "2bpw"} | figures and second == {"target": "3bpw"} | dict.fromkeys(figures)
 
 
 def test_layers_are_read_as_they_are_written():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dynq.errors import DynqError
-from dynq.text import end_of_turn, load_text, prompts, sample_chats, spread
+from dynq.text import check_held_out, end_of_turn, load_text, prompts, sample_chats, spread
 
 DATA = Path(__file__).parents[1] / "dynq" / "data"
 CORPUS = Path(__file__).parents[2] / "shared" / "corpus"
@@ -88,6 +88,18 @@ def test_no_prompt_comes_from_the_corpus(entries) -> None:
 
 
 # files
+
+
+def test_a_text_that_is_calibrated_on_proves_nothing(tmp_path) -> None:
+    for name, text in (("seen.txt", "a"), ("copy.txt", "a"), ("other.txt", "b")):
+        (tmp_path / name).write_text(text)
+    seen, copy, other = (str(tmp_path / name) for name in ("seen.txt", "copy.txt", "other.txt"))
+    check_held_out(seen, other)
+    for calibration in ("", "sampled", "missing.txt"):
+        check_held_out(calibration, copy)
+    check_held_out(seen, "sampled")  # held out by its prompts
+    with pytest.raises(DynqError, match=r"copy.txt: it is calibrated on as well \(seen.txt\)"):
+        check_held_out(f"{other},{seen}", f"{copy},{other}")
 
 
 class Letters:

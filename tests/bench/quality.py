@@ -1,7 +1,7 @@
 """Quality at equal bytes: what `dynq run` makes beside llama.cpp's mixes, and beside published recipes.
 
     python tests/bench/quality.py dynq-tiny --quick
-    python tests/bench/quality.py dynq-tiny --text sampled,chats.jsonl,code.txt,wiki.txt
+    python tests/bench/quality.py dynq-tiny --text sampled,languages,chats.jsonl,code.txt,wiki.txt --skip 100
     python tests/bench/quality.py dynq-tiny --profile cpu-arm --text ...
     python tests/bench/quality.py dynq-tiny --recipes tests/bench/recipes/*.json --text ...
     python tests/bench/quality.py MODEL --search 2min -p n_chunks=64
@@ -12,10 +12,15 @@ its own 16 bits, with the run's imatrix; without the extra by the same rules and
 first line says which. A recipe is a table of recipes/ (see published.py), a recipe file or any GGUF: encoded in the
 same way, and dynq gets as many bytes as that file has.
 
-Both sides are scored on the same text, which calibration has not read, each file of --text a domain ("sampled": the
-run's own evaluation text). KLD in nats; top-1 is how often the most likely token is the original's; bytes are those
-of the tensors. Seconds are of allocation and export for ours (calibration and sensitivity, which all targets share,
-stand below), of the quantizer alone for the mix; they are of the call that made the file.
+Both sides are scored on the same text, which calibration has not read, each file of --text a domain; "sampled" is the
+run's own evaluation text, "languages" the package's prompts of its evaluation split that are not in English. --skip
+leaves out the start of each file, where that served to choose a constant; the two words have all of theirs (the sampled
+text is another for each seed and number of chunks). KLD in nats; top-1 is how often the most likely token is the
+original's; bytes are those of the tensors. Seconds are of allocation and export for ours (calibration and sensitivity,
+which all targets share, stand below), of the quantizer alone for the mix; they are of the call that made the file.
+
+The last table has the KLDs that are predicted, by the table of sensitivities and with the gains of feedback, beside
+those measured on the chunks of calibration text that are kept aside: of `plain`, and of feedback before tuning.
 
 Everything is kept in OUT: a second call makes and scores what is new or has changed.
 """
@@ -38,6 +43,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import llama_quantize
 import published
+from passages import passages, write_languages
 
 from dynq import export, mixes
 from dynq.checkpoint import Checkpoint, open_checkpoint
@@ -51,7 +57,7 @@ from dynq.folder import RunFolder, content_hash, file_safe
 from dynq.imatrix import read_imatrix
 from dynq.recipe import Recipe
 from dynq.tables import text_table
-from dynq.text import check_held_out, load_text, text_files
+from dynq.text import check_held_out, text_files
 from dynq.torch_model import load_tokenizer
 
 
@@ -187,17 +193,20 @@ class Bench:
         theirs = self.rival(f"recipe-{path.stem}", "Q4_K_M", published.read(path, self.checkpoint))
         return Pair(path.stem, f"{theirs.stat().st_size}B", theirs)
 
-    def text(self, spec: str, chunks: int) -> Text:
-        """The domains of `spec`, so many chunks of each, of the run's context length."""
+    def text(self, spec: str, chunks: int, skip: int) -> Text:
+        """The domains of `spec`, so many chunks of each behind the first `skip`, of the run's context length."""
         sampled = self.run.read_json("evaluate-text.json")
         own = np.array(sampled["tokens"], np.int32)
         words = [word.strip() for word in spec.split(",")]
-        files = text_files(",".join(word for word in words if word != "sampled"))
+        files = text_files(",".join(word for word in words if word not in ("sampled", "languages")))
         check_held_out(self.run.state["steps"]["calibrate-text"]["parameters"]["text"], ",".join(map(str, files)))
         parts = {"sampled": own[:chunks]} if "sampled" in words else {}
         tokenizer = load_tokenizer(self.checkpoint)
+        if "languages" in words:
+            file = write_languages(self.folder / "languages.jsonl")
+            parts["languages"] = passages(file, tokenizer, n_ctx=own.shape[1], chunks=chunks, skip=0)
         for label, file in zip(labels(files), files, strict=True):
-            parts[label] = load_text(str(file), tokenizer, n_ctx=own.shape[1], n_chunks=chunks, seed=0).tokens
+            parts[label] = passages(file, tokenizer, n_ctx=own.shape[1], chunks=chunks, skip=skip)
         tokens = np.concatenate(list(parts.values()))
         sizes = {label: len(part) for label, part in parts.items()}
         return Text(f"{', '.join(parts)}: {len(tokens)} chunks", digest([tokens.tolist()]), tokens, sizes)
@@ -289,6 +298,23 @@ def domain_table(results: Sequence[Mapping[str, Any]], who: str) -> str:
     return text_table(rows)
 
 
+def predictions(run: RunFolder, targets: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for each target: predicted and measured KLD and their ratio, before tuning; None of what was not made."""
+    rows = []
+    for target in targets:
+        told = run.read_json(f"{file_safe(target)}.export.json")
+        measured = {found["stage"]: found["kld"] for found in told["stages"]}
+        predicted = {"plain": Recipe.load(run / f"{file_safe(target)}.recipe.json").predicted_kld}
+        predicted["feedback"] = told["predicted_kld"]
+        row: dict[str, Any] = {"target": target}
+        for stage, value in predicted.items():
+            real = measured.get(stage)
+            row |= {f"{stage}: predicted": value if real else None, f"{stage}: measured": real}
+            row[f"{stage}: ratio"] = round(value / real, 3) if value and real else None
+        rows.append(row)
+    return rows
+
+
 def _figures(
     theirs: Mapping[str, float], ours: Mapping[str, float], own: Mapping[str, float], who: str
 ) -> dict[str, float]:
@@ -316,7 +342,10 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help=f"`dynq run --quick`, {', '.join(QUICK)}, {QUICK_CHUNKS} chunks a domain"
     )
-    parser.add_argument("--text", default="sampled", help="domains, commas between: .txt, chats .jsonl, or sampled")
+    parser.add_argument(
+        "--text", default="sampled", help="domains, commas between: .txt, chats .jsonl, sampled, languages"
+    )
+    parser.add_argument("--skip", type=int, default=0, help="chunks that are left out at the start of each file")
     parser.add_argument("--chunks", type=int, help=f"of each domain, {CHUNKS} by default")
     parser.add_argument("--profile", default="all", help=f"cpu-arm: rows against {' and '.join(ARM)}")
     parser.add_argument("--sizes", help="mixes, commas between, instead of the usual rows; - for none")
@@ -341,12 +370,13 @@ def main() -> None:
     recipes = [bench.recipe(path) for path in args.recipes]
     if recipes:
         bench.make(sorted({pair.target for pair in recipes}), chunks)
-    text = bench.text(args.text, chunks)
+    text = bench.text(args.text, chunks, args.skip)
     scores = bench.scores([*pairs, *recipes], text)
     found = [
         [result(p, scores[p.theirs.name], scores[p.ours(bench.run).name], bench.seconds) for p in group]
         for group in (pairs, recipes)
     ]
+    predicted = predictions(bench.run, [pair.target for pair in [*pairs, *recipes]])
     about = {
         "model": checkpoint.name,
         "profile": args.profile,
@@ -356,7 +386,8 @@ def main() -> None:
         "shared_seconds": bench.seconds.get("shared"),
     }
     if args.json:
-        print(json.dumps(about | {"sizes": found[0], "recipes": found[1]}, indent=1, ensure_ascii=False))
+        told = about | {"sizes": found[0], "recipes": found[1], "predictions": predicted}
+        print(json.dumps(told, indent=1, ensure_ascii=False))
         return
     print(f"{checkpoint.name}, profile {args.profile}: mixes and recipes by {bench.encoder}")
     print(
@@ -365,6 +396,8 @@ def main() -> None:
     for results, who in zip(found, ("mix", "recipe"), strict=True):
         if results:
             print("", table(results, who), "", domain_table(results, who), sep="\n")
+    if any(row["plain: measured"] for row in predicted):
+        print("", text_table(predicted), sep="\n")
     if shared := bench.seconds.get("shared"):
         print(f"\ncalibration and sensitivity, for all targets: {shared:.0f} s; threads: {args.threads}")
 

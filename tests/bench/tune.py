@@ -3,26 +3,29 @@
     python tests/bench/tune.py dynq-tiny runs/first/like-Q2_K.gguf --tokens runs/first/calibrate-text.json \\
         --heldout chats.jsonl,code.txt,wiki.txt
 
-What judges is kept aside as a run does. Of every held-out file the first ``--chunks`` chunks are scored, at all
-positions of each. Settings of `tune.tune` may be given several times, each a line of its own:
+What judges is kept aside as a run does. Of every held-out file ``--chunks`` chunks behind the first ``--skip`` are
+scored, at all positions of each. Settings of `tune.tune` may be given several times, each a line of its own:
 ``--try passes=2 --try passes=4,batch=1,codes=0``.
 """
 
 import argparse
 import ast
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
+from passages import passages
+
 from dynq import codec, tune
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.evaluate import kld
 from dynq.gguf_reader import Reader
 from dynq.layer_inputs import kept_aside
-from dynq.text import load_text
 from dynq.torch_model import load_model, load_tokenizer
 
 
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--chunks", type=int, default=6)
+    parser.add_argument("--skip", type=int, default=0, help="chunks that are left out at the start of each file")
     parser.add_argument("--first", type=int, help="chunks of --tokens that are taken, all by default")
     parser.add_argument("--try", action="append", dest="tries", metavar="NAME=VALUE,...")
     a = parser.parse_args()
@@ -59,9 +63,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         references = {}
         for spec in a.heldout.split(","):
-            found = load_text(spec, tokenizer, n_ctx=tokens.shape[1], n_chunks=a.chunks, seed=0)
             name = Path(spec).stem
-            references[name] = kld.make_reference(teacher, found.tokens, Path(place, name), first=0)
+            found = passages(Path(spec), tokenizer, n_ctx=tokens.shape[1], chunks=a.chunks, skip=a.skip)
+            references[name] = kld.make_reference(teacher, found, Path(place, name), first=0)
         for path in a.gguf:
             before = encoded(path)
             old = divergences(checkpoint, before, references)
