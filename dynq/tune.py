@@ -52,7 +52,8 @@ Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
-BATCH = 4  # chunks a step
+BATCH = 4  # chunks a step, at least
+STEPS = 160  # at most: of a longer text more chunks make up a step, as codes that move on and on lose again
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
 CODES = 0.006  # of the distance of two codes: one step of a latent number
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
@@ -95,7 +96,7 @@ def tune(
     aside: np.ndarray,
     *,
     seed: int = 0,
-    batch: int = BATCH,
+    batch: int | None = None,
     passes: int = 10,
     rate: float = RATE,
     codes: float = CODES,
@@ -107,8 +108,8 @@ def tune(
         teacher: the original model in transformers, as `load_model` gives it; on its device the work is done.
         tensors: GGUF name -> (format, uint8 [..., row_bytes]), all of the model; not changed.
         tokens, aside: int [chunks, n_ctx] to fit, and to decide when to stop, from other passages.
-        batch: chunks a step; passes: over the tokens, at most; rate: of multipliers, codes: of latent numbers, see the
-            module; 0: the codes stay.
+        batch: chunks a step, by default `chunks_a_step`; passes: over the tokens, at most; rate: of multipliers, codes:
+            of latent numbers, see the module; 0: the codes stay.
         aims: GGUF name -> what each weight alone would best be, float32 [rows, n] (`dynq.layer_inputs.aim`), toward
             which latent numbers begin; None: toward the original.
 
@@ -123,7 +124,8 @@ def tune(
         if chunks.ndim != 2 or len(chunks) == 0 or chunks.shape[1] < 2:
             raise DynqError(f"tokens {what} are [chunks, n_ctx], got shape {chunks.shape}")
     with power_of_two():
-        return _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes, aims).run(seed, batch, passes)
+        search = _Search(checkpoint, teacher, tensors, tokens, aside, rate, codes, aims)
+        return search.run(seed, batch or chunks_a_step(len(tokens), passes), passes)
 
 
 def tuned(
@@ -174,6 +176,11 @@ def tuned(
 def moves(checkpoint: Checkpoint, teacher: Any, codes: bool) -> bool:
     """Whether codes that may move do: memory must hold the model `COPIES` times more."""
     return codes and fits(checkpoint, device_of(teacher), copies=COPIES)
+
+
+def chunks_a_step(chunks: int, passes: int) -> int:
+    """`BATCH`, or more, so that so many passes over a text of so many chunks take `STEPS` steps at most."""
+    return max(BATCH, -(-chunks * passes // STEPS))
 
 
 def side_by_side(n_ctx: int, n_vocab: int) -> int:

@@ -288,6 +288,11 @@ def test_the_number_of_threads_does_not(start, tmp_path_factory):
     assert all(one == found[0] for one in found)
 
 
+@pytest.mark.parametrize("chunks, passes, each", [(3, 2, 4), (160, 2, 4), (316, 2, 4), (640, 2, 8), (1272, 1, 8)])
+def test_a_long_text_fills_larger_steps_not_more_of_them(chunks, passes, each):
+    assert tune.chunks_a_step(chunks, passes) == each
+
+
 def test_text_of_no_chunks_is_one_clear_line(start):
     with pytest.raises(DynqError, match=r"kept aside are \[chunks, n_ctx\], got shape \(0, 24\)"):
         tune.tune(start.checkpoint, start.teacher, start.tensors, start.fit, start.aside[:0])
