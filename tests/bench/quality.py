@@ -303,7 +303,7 @@ def predictions(run: RunFolder, targets: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for target in targets:
         told = run.read_json(f"{file_safe(target)}.export.json")
-        measured = {found["stage"]: found["kld"] for found in told["stages"]}
+        measured = {found["stage"]: found["kld"] for found in told.get("stages", [])}  # not of older versions
         predicted = {"plain": Recipe.load(run / f"{file_safe(target)}.recipe.json").predicted_kld}
         predicted["feedback"] = told["predicted_kld"]
         row: dict[str, Any] = {"target": target}
