@@ -3,9 +3,10 @@
     python tests/bench/memory.py                 # 8 GB of BF16, export only
     python tests/bench/memory.py --gib 2 --calibrate
     python tests/bench/memory.py --experts 64
+    python tests/bench/memory.py --gguf          # read from a GGUF
 
-The checkpoint is synthetic: a llama (or a Mixtral) whose safetensors files are sparse, so they take no room and all
-weights are zero. Memory is what the process itself holds (RssAnon of Linux): pages of files that the system has read
+The checkpoint is synthetic: a llama (or a Mixtral) whose files are sparse, so they take no room and all weights are
+zero. Memory is what the process itself holds (RssAnon of Linux): pages of files that the system has read
 are not counted, it drops them when it needs room. Figures in MiB, and as multiples of the largest tensor as it is
 stored.
 """
@@ -21,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dynq import export as gguf_file
+from dynq import formats
 from dynq.calibrate import calibrate
-from dynq.checkpoint import open_checkpoint
+from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.export import export
 from dynq.recipe import Recipe
 from dynq.torch_model import load_model
@@ -72,6 +75,17 @@ def sparse_checkpoint(folder: Path, layers: int, experts: int) -> Path:
     return folder
 
 
+def sparse_gguf(checkpoint: Checkpoint, path: Path) -> Path:
+    """The same model as one sparse GGUF in BF16."""
+    chosen = {name: "BF16" if info.quantizable else info.kept for name, info in checkpoint.tensors.items()}
+    header = gguf_file._header(checkpoint, chosen, checkpoint.metadata)
+    sizes = (formats.tensor_bytes(fmt, checkpoint.tensors[name].shape) for name, fmt in chosen.items())
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(map(gguf_file._padded, sizes)))
+    return path
+
+
 def held() -> float:
     """MiB that the process itself holds."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -103,6 +117,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8.0, help="size of the checkpoint")
     parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a dense model")
     parser.add_argument("--calibrate", action="store_true", help="one sequence of 64 tokens, layer by layer, as well")
+    parser.add_argument("--gguf", action="store_true", help="the source is a GGUF, not safetensors")
     parser.add_argument("--format", default="Q4_K")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -111,6 +126,8 @@ def main() -> None:
     layers = max(1, round((given.gib * 2**30 - ends) / layer))
     with tempfile.TemporaryDirectory(prefix="dynq-memory-") as folder:
         checkpoint = open_checkpoint(sparse_checkpoint(Path(folder), layers, given.experts))
+        if given.gguf:
+            checkpoint = open_checkpoint(sparse_gguf(checkpoint, Path(folder) / "in.gguf"))
         stored = 2 * max(info.n_weights for info in checkpoint.tensors.values()) / 2**20
         matrix = 2 * max(int(np.prod(info.shape[-2:])) for info in checkpoint.tensors.values()) / 2**20
         total = 2 * checkpoint.n_weights / 2**30
