@@ -30,7 +30,7 @@ def decoder_layers(model: Any) -> Any:
     return model.model.layers
 
 
-_MMAP_THRESHOLD, _FROM = -3, 1 << 20  # glibc's number of that setting; bytes
+_MMAP_THRESHOLD, _FROM = -3, 1 << 22  # glibc's number of that setting; bytes
 
 
 class Reader:
