@@ -5,10 +5,7 @@ with 150,000 tokens and as many merges. Here an array of numbers is one view, an
 It believes what a file says of itself, so `dynq.gguf_header` looks at that first.
 """
 
-import gc
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +13,9 @@ import gguf
 import numpy as np
 
 from dynq import gguf_header
-from dynq.files import taking_apart
+from dynq.files import no_collection, taking_apart
 
 _length = struct.Struct("<Q").unpack_from
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python looks for garbage again and again while a million slices are made: two thirds of the time."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 class Reader(gguf.GGUFReader):
@@ -41,7 +26,7 @@ class Reader(gguf.GGUFReader):
 
     def __init__(self, path: str | Path) -> None:
         gguf_header.check(Path(path))
-        with taking_apart(path), _no_collection():
+        with taking_apart(path), no_collection():
             super().__init__(path)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:

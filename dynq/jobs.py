@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, TextIO
 
 import psutil
@@ -100,7 +101,6 @@ class Job:
             raise DynqError(f"{last} is not among the steps {', '.join(names)}")
         if last is not None:
             tasks = tasks[: names.index(last) + 1]
-        check = every if "calibrate" in names else []
         with self.folder.lock() as lock:
             if lock is None:
                 raise DynqError(f"{self.folder.path}: no background jobs here; use `dynq run` in a terminal")
@@ -119,7 +119,7 @@ class Job:
             sign(lock, process.pid)
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                json.dump({"force": self.folder.force, "tasks": tasks, "check": check, "yes": yes}, pipe)
+                json.dump({"force": self.folder.force, "tasks": tasks, "plan": every, "yes": yes}, pipe)
             while _record(self.folder) is None:  # from then on it can be cancelled
                 if process.poll() is not None:
                     raise DynqError(f"{self.folder.path}: the job did not begin: {(self.log(1) or ['no word'])[0]}")
@@ -253,20 +253,27 @@ class _Refused(Exception):
     """What does not fit, with its numbers."""
 
 
-def _work(folder: RunFolder, tasks: list[runner.Task], check: list[runner.Task], yes: bool = False) -> None:
+def _check(folder: RunFolder, asked: set[str], plan: list[runner.Task], yes: bool) -> None:
+    from dynq import reckon  # imports torch
+
+    checkpoint = runner.opened(plan)
+    if "calibrate" in asked:
+        runner.check_sizes(plan, checkpoint)
+    whole = reckon.of_run(checkpoint, {task.step: task.parameters for task in plan}, folder)
+    reckoned = replace(whole, needs=[need for need in whole.needs if need.step in asked])
+    if not yes and (lacks := reckoned.lacks()):
+        raise _Refused(lacks)
+    reckoned.tell(sys.stderr, yes=yes)
+
+
+def _work(folder: RunFolder, tasks: list[runner.Task], plan: list[runner.Task], yes: bool = False) -> None:
+    """The tasks of a plan; without one nothing is looked at beforehand."""
     watched = _Watched(sys.stderr, folder, [task.step for task in tasks])
     watched.note()
     end = {"state": "done"}
     try:
-        if check:
-            from dynq import reckon  # imports torch
-
-            runner.check_sizes(check, checkpoint := runner.opened(check))
-            steps = {task.step: task.parameters for task in check}
-            reckoned = reckon.of_run(checkpoint, steps, folder)
-            if not yes and (lacks := reckoned.lacks()):
-                raise _Refused(lacks)
-            reckoned.tell(sys.stderr, yes=yes)
+        if plan:
+            _check(folder, {task.step for task in tasks}, plan, yes)
         for i, task in enumerate(tasks):
             watched.note(at=i, bar="", part=None)
             runner.execute_each([task], folder, stream=watched)  # type: ignore[arg-type]
@@ -290,8 +297,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a notebook's kernel ignores it, and so would its child
     given = json.load(sys.stdin)
     folder = RunFolder(sys.argv[1], force=given["force"])
-    tasks, check = ([runner.Task(*task) for task in given[name]] for name in ("tasks", "check"))
-    _work(folder, tasks, check, given["yes"])
+    tasks, plan = ([runner.Task(*task) for task in given[name]] for name in ("tasks", "plan"))
+    _work(folder, tasks, plan, given["yes"])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from gguf import TokenType
 
 from dynq import pretokenizers, tekken
 from dynq.errors import DynqError
-from dynq.files import load_json, read_bytes, taking_apart
+from dynq.files import load_json, no_collection, read_bytes, taking_apart
 
 _SPACE = "\u2581"  # SentencePiece's visible space
 _GLM = {"eot": "<|user|>", "eom": "<|observation|>"}  # they end GLM's turns; llama.cpp does not know them by name
@@ -39,6 +39,7 @@ _GEMMA4_VISIBLE = {
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'
 }  # fmt: skip
 
+_MOST_TOKENS = 1 << 19  # twice Gemma's; they take two seconds
 _LARGEST_TEMPLATE, _LARGEST_MODEL = 1 << 22, 1 << 26  # bytes of a chat template and of a tokenizer.model
 _PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}  # special tokens after which llama.cpp drops no white space in Phi-3
 
@@ -383,7 +384,7 @@ def from_gguf(metadata: dict[str, Any]) -> Any:
     Raises:
         DynqError: no tokenizer, one of a model or pre-tokenizer that is not known here, or one that contradicts itself.
     """
-    with taking_apart("the GGUF's tokenizer"):
+    with taking_apart("the GGUF's tokenizer"), no_collection():
         return _from_gguf(metadata)
 
 
@@ -397,6 +398,8 @@ def _from_gguf(metadata: dict[str, Any]) -> Any:
     tokens: list[str] = get("tokens") or []
     if not tokens:
         raise DynqError("the GGUF has no tokenizer (no key tokenizer.ggml.tokens)")
+    if len(tokens) > _MOST_TOKENS:
+        raise DynqError(f"the GGUF's tokenizer: {len(tokens):,} tokens, more than any model has; fetch the file again")
     types = get("token_type") or [int(TokenType.NORMAL)] * len(tokens)
     padding = [
         kind == TokenType.UNUSED and text == f"[PAD{i}]"
@@ -404,6 +407,8 @@ def _from_gguf(metadata: dict[str, Any]) -> Any:
     ]
     vocab = {text: i for i, text in enumerate(tokens) if not padding[i]}
     model = get("model")
+    if model in ("gpt2", "gemma4"):
+        _check_merges(vocab, get("merges", []))
     if model == "gpt2":
         parts = _byte_level_parts(vocab, get("merges", []), get("pre", "default"))
     elif model == "llama":
@@ -444,6 +449,14 @@ def _from_gguf(metadata: dict[str, Any]) -> Any:
         clean_up_tokenization_spaces=False,
         **{f"{role}_token": text for role, text in special.items()},
     )
+
+
+def _check_merges(vocab: dict[str, int], merges: list[str]) -> None:
+    """DynqError where a merge has no token, which the library says only after seconds."""
+    for text in merges:
+        first, _, second = text.partition(" ")
+        if not (first in vocab and second in vocab and first + second in vocab):
+            raise DynqError(f"the GGUF's tokenizer: the merge {text[:80]!r} has no token; fetch the file again")
 
 
 def _byte_level_parts(vocab: dict[str, int], merges: list[str], name: str) -> dict[str, Any]:

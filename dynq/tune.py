@@ -57,6 +57,7 @@ STEPS = 160  # at most: of a longer text more chunks make up a step, as codes th
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
 CODES = 0.006  # of the distance of two codes: one step of a latent number
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
+SCARCE = 160 * 512  # tokens, up to which that holds; more of them say more by their KLD
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 LIMITS = (0.5, 2.0)  # of a multiplier
@@ -181,6 +182,11 @@ def moves(checkpoint: Checkpoint, teacher: Any, codes: bool) -> bool:
 def chunks_a_step(chunks: int, passes: int) -> int:
     """`BATCH`, or more, so that so many passes over a text of so many chunks take `STEPS` steps at most."""
     return max(BATCH, -(-chunks * passes // STEPS))
+
+
+def hints_weight(tokens: int) -> float:
+    """`HINTS`, or less where the text is longer than `SCARCE`, by the root of that."""
+    return HINTS * min(1.0, (SCARCE / tokens) ** 0.5)
 
 
 def side_by_side(n_ctx: int, n_vocab: int) -> int:
@@ -319,7 +325,7 @@ class _Search:
         codes_rate: float,
         aims: Aims,
     ):
-        self.codes_rate = codes_rate
+        self.codes_rate, self.hints = codes_rate, hints_weight(tokens.size)
         self.checkpoint, self.teacher, self.tensors, self.tokens = checkpoint, teacher, tensors, tokens
         self.aside = Teacher(checkpoint, teacher, aside, "teacher, kept aside")
         self.model = load_model(checkpoint, self._decoded(tensors), device=device_of(teacher))
@@ -471,7 +477,7 @@ class _Search:
                 loss += float((p * (log_p - log_q)).sum()) * each
                 slope = log_q.exp_().sub_(p).mul_(each)  # of the KLD by the logits
             hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
-            torch.autograd.backward([logits, hints * (HINTS / len(given) * (len(part) / len(chunks)))], [slope, None])
+            torch.autograd.backward([logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope, None])
         for b in self.blocks:
             for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
                 moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN

@@ -180,18 +180,19 @@ def test_end_of_a_job(tmp_path, monkeypatch, capsys, cell, state, error):
     assert (f"dynq: {kept['error']}" in capsys.readouterr().err) == (state == "failed")
 
 
-def test_what_does_not_fit_is_refused_until_somebody_says_yes(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path)
-    check = runner.plan("dynq-tiny", ["3bpw"], folder)
+@pytest.mark.parametrize("first", ["calibrate", "export.3bpw"])  # as the panels of notebooks 03 and 05 have it
+def test_what_does_not_fit_is_refused_until_somebody_says_yes(first, tmp_path, monkeypatch):
+    folder, done = RunFolder(tmp_path), []
+    plan = runner.plan("dynq-tiny", ["3bpw"], folder)
+    tasks = plan[[task.step for task in plan].index(first) :]
     monkeypatch.setenv("DYNQ_MEMORY", "100MB")
     monkeypatch.setattr(runner, "execute_each", lambda tasks, *_, **__: done.extend(tasks))
-    done = []
-    jobs._work(folder, check, check)
+    jobs._work(folder, tasks, plan)
     kept = json.loads((folder / "job.json").read_text())
     assert kept["state"] == "refused" and done == []
-    assert re.fullmatch(r"calibrate needs about .* of memory, .* are free; .*, or go on all the same", kept["error"])
-    jobs._work(folder, check, check, yes=True)
-    assert json.loads((folder / "job.json").read_text())["state"] == "done" and done == check
+    assert re.fullmatch(rf"{first} needs about .* of memory, .* are free; .*, or go on all the same", kept["error"])
+    jobs._work(folder, tasks, plan, yes=True)
+    assert json.loads((folder / "job.json").read_text())["state"] == "done" and done == tasks
 
 
 # --- real jobs --------------------------------------------------------------------------------------------------------
