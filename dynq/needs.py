@@ -24,7 +24,8 @@ from dynq import feedback, formats, memory
 from dynq.calibrate import ON_CARD
 from dynq.layer_inputs import BUDGET, WIDE
 from dynq.machine import CORE, F32, Machine
-from dynq.tune import COPIES, chunks_a_step, side_by_side
+from dynq.schedule import chunks_a_step, side_by_side
+from dynq.tune import COPIES
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint, TensorInfo
@@ -371,7 +372,7 @@ def export(
     coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
     rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
     backward, or a second model (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and
-    backward, or several (`tune.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
+    backward, or several (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
     which there must be room. On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in
     passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2))
     and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D

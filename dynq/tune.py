@@ -10,8 +10,8 @@ PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter
 The loss has two parts. The KL divergence of the original's next-token distribution at every position is what counts,
 but a chunk says little about a weight by it. What each layer gives to the next says far more: a number for each of its
 features at every position, hints in the sense of FitNets (Romero et al. 2015). Their squared errors, relative to the
-original's square at that position and averaged over layers and positions, are added with weight `HINTS`. (At a
-position, not over all: some have features that are larger by orders of magnitude, the first above all.)
+original's square at that position and averaged over layers and positions, are added with a weight, `hints_weight`. (At
+a position, not over all: some have features that are larger by orders of magnitude, the first above all.)
 
 How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. For multipliers it is a
 fraction of the tensor's relative error, for latent numbers one of the distance of codes. Steps grow shorter like a
@@ -43,6 +43,7 @@ from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
+from dynq.schedule import chunks_a_step, hints_weight, length, side_by_side
 from dynq.teacher import Teacher
 from dynq.threads import power_of_two
 from dynq.torch_model import device_of, load_model, set_tensor
@@ -52,21 +53,14 @@ Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
 BETAS = (0.9, 0.99)
-BATCH = 4  # chunks a step, at least
-STEPS = 160  # at most: of a longer text more chunks make up a step, as codes that move on and on lose again
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
 CODES = 0.006  # of the distance of two codes: one step of a latent number
-HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
-SCARCE = 160 * 512  # tokens, up to which that holds; more of them say more by their KLD
-LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
-WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
 HALVINGS = 2  # before the search ends
 JUDGES = 2  # chunks of a domain: they only choose among a few states, on the same tokens
 LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
 ROUGH = 0.02  # the same, from which on products may be rounded: beside it an error of 2^-9 is small
-TOGETHER = 1 << 26  # bytes of logits: chunks of a step are read side by side up to here
 
 
 def unknown(name: str) -> None:
@@ -177,21 +171,6 @@ def tuned(
 def moves(checkpoint: Checkpoint, teacher: Any, codes: bool) -> bool:
     """Whether codes that may move do: memory must hold the model `COPIES` times more."""
     return codes and fits(checkpoint, device_of(teacher), copies=COPIES)
-
-
-def chunks_a_step(chunks: int, passes: int) -> int:
-    """`BATCH`, or more, so that so many passes over a text of so many chunks take `STEPS` steps at most."""
-    return max(BATCH, -(-chunks * passes // STEPS))
-
-
-def hints_weight(tokens: int) -> float:
-    """`HINTS`, or less where the text is longer than `SCARCE`, by the root of that."""
-    return HINTS * min(1.0, (SCARCE / tokens) ** 0.5)
-
-
-def side_by_side(n_ctx: int, n_vocab: int) -> int:
-    """How many chunks are read in one pass: as many as `TOGETHER` takes the logits of, one at least."""
-    return max(1, TOGETHER // (4 * n_ctx * n_vocab))
 
 
 def _write(report: Path, told: dict[str, Any]) -> None:
@@ -396,13 +375,12 @@ class _Search:
                 order = rng.permutation(n)
                 for start in range(0, n, batch):
                     taken += 1
-                    slower = max(0.5 + 0.5 * np.cos(np.pi * (taken - 1) / total), LAST)
-                    loss = self._step(adam, order[start : start + batch], scale * slower * min(1.0, taken / WARMUP))
+                    loss = self._step(adam, order[start : start + batch], scale * length(taken, total))
                     bar.set_postfix_str(f"KLD {loss:.4f}, kept aside {best:.4f} of {before:.4f}")
                     bar.update()
                 self.move([b.rounded(b.m) for b in self.blocks])
                 found = self.measured()
-                history.append((scale * slower, found))
+                history.append((scale * length(taken, total), found))
                 if found >= (1 - LEAST) * best:
                     halvings, scale = halvings + 1, scale / 2
                 if found < best:
@@ -477,7 +455,9 @@ class _Search:
                 loss += float((p * (log_p - log_q)).sum()) * each
                 slope = log_q.exp_().sub_(p).mul_(each)  # of the KLD by the logits
             hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
-            torch.autograd.backward([logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope, None])
+            torch.autograd.backward(
+                [logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope, None]
+            )
         for b in self.blocks:
             for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
                 moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN

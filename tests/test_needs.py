@@ -16,9 +16,9 @@ from dynq.export import export
 from dynq.machine import CORE, Machine
 from dynq.needs import Need, Shape
 from dynq.recipe import Recipe
+from dynq.schedule import TOGETHER
 from dynq.sensitivity import sensitivity
 from dynq.torch_model import load_model
-from dynq.tune import TOGETHER
 
 SHAPES = {
     "token_embd.weight": (100, 64),

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from dynq import codec, formats, tune
+from dynq import codec, formats, schedule, tune
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.kernels import halves, scales
@@ -69,7 +69,7 @@ def loss(teacher, model, tokens) -> float:
     with torch.no_grad():
         w, x = (m(input_ids=ids, output_hidden_states=True).hidden_states[1:] for m in (teacher, model))
     errors = [((a - b).double() ** 2).sum(-1) / (a.double() ** 2).sum(-1) for a, b in zip(w, x, strict=True)]
-    return divergence(teacher, model, tokens) + tune.HINTS * float(torch.stack(errors).mean())
+    return divergence(teacher, model, tokens) + schedule.HINTS * float(torch.stack(errors).mean())
 
 
 def start_divergence(start) -> float:
@@ -162,8 +162,8 @@ def test_gradient_of_the_multipliers_against_differences(start, search):
 def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other(start, search, monkeypatch):
     found = []
     search.tokens = start.fit[:3]
-    for room in (tune.TOGETHER, 1):
-        monkeypatch.setattr(tune, "TOGETHER", room)
+    for room in (schedule.TOGETHER, 1):
+        monkeypatch.setattr(schedule, "TOGETHER", room)
         value = search.gradient(np.array([0, 2, 1]))
         moving = [b.m for b in search.blocks] + [b.latent.z for b in search.blocks if b.latent is not None]
         found.append((value, [x.grad.clone() for x in moving]))
@@ -290,7 +290,12 @@ def test_the_number_of_threads_does_not(start, tmp_path_factory):
 
 @pytest.mark.parametrize("chunks, passes, each", [(3, 2, 4), (160, 2, 4), (316, 2, 4), (640, 2, 8), (1272, 1, 8)])
 def test_a_long_text_fills_larger_steps_not_more_of_them(chunks, passes, each):
-    assert tune.chunks_a_step(chunks, passes) == each
+    assert schedule.chunks_a_step(chunks, passes) == each
+
+
+def test_a_long_text_says_more_by_its_kld():
+    assert schedule.hints_weight(156 * 512) == schedule.HINTS
+    assert schedule.hints_weight(4 * 160 * 512) == schedule.HINTS / 2
 
 
 def test_text_of_no_chunks_is_one_clear_line(start):
