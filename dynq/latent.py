@@ -102,7 +102,7 @@ class Latent:
     def take(self, gradient: torch.Tensor, m: torch.Tensor) -> None:
         """Add to the gradient of `z` from that of the weights [rows, n], where d is multiplied by m [rows, blocks]."""
         size = (self.step.view(*m.shape, -1) * m[..., None] * self.distance).view(*self.step.shape, 1)
-        self.z.grad.view(*self.step.shape, -1).addcmul_(gradient.view(*self.step.shape, -1), size)
+        self.z.grad.view(*self.step.shape, -1).addcmul_(gradient.reshape(*self.step.shape, -1), size)
 
     @torch.no_grad()
     def moved(self) -> None:
