@@ -38,10 +38,10 @@ def stages(
 ) -> list[dict[str, Any]]:
     """{"stage", "kld" in nats}: "plain", the encoders' `level` where it is another, "tuning" where there was any.
 
-    teacher: the original, as `load_model` gives it; plain: the tensors of the recipe as `plain` encodes them; file: the
-    GGUF that was made of it, its first shard; tuning: what `tune.tuned` has reported, {} without it. tokens int32
-    [n_chunks, n_ctx] and domains, of each chunk: as `tuned` has them. In memory: one more model. Empty where no chunks
-    are kept aside, or memory holds no other model.
+    teacher: the original, as `load_model` gives it; plain: the tensors of the recipe as `plain` encodes them, taken
+    only where `level` is another; file: the GGUF that was made of it, its first shard; tuning: what `tune.tuned` has
+    reported, {} without it. tokens int32 [n_chunks, n_ctx] and domains, of each chunk: as `tuned` has them. In memory:
+    one more model. Empty where no chunks are kept aside, or memory holds no other model.
     """
     aside = kept_aside(domains, JUDGES)
     if not aside.any() or aside.all() or reader(teacher) or not fits(checkpoint, device_of(teacher)):
@@ -53,12 +53,15 @@ def stages(
         return float(kld.measure(model, base, batch=1, desc="").kld.mean())
 
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    found = {"plain": measured((name, codec.dequantize(data, fmt).reshape(shapes[name])) for name, fmt, data in plain)}
+    found = {}
     if level != "plain":
-        made = open_checkpoint(file, allow_requantize=True)
-        found[level] = tuning["kld"][0] if tuning else measured((name, made.read(name)) for name in shapes)
+        decoded = ((name, codec.dequantize(data, fmt).reshape(shapes[name])) for name, fmt, data in plain)
+        found["plain"] = measured(decoded)
     if tuning:
-        found["tuning"] = tuning["kld"][1]
+        found |= {level: tuning["kld"][0], "tuning": tuning["kld"][1]}
+    else:
+        made = open_checkpoint(file, allow_requantize=True)
+        found[level] = measured((name, made.read(name)) for name in shapes)
     return [{"stage": stage, "kld": value if np.isfinite(value) else None} for stage, value in found.items()]
 
 

@@ -22,15 +22,12 @@ def one_thread_each(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     """Workers whose torch operations take one thread each; threads: how many, by default as many as torch has."""
     import torch  # those who only read texts need none
 
-    before = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     first_calls()
-    torch.set_num_threads(1)
-    try:
-        # each thread is told, for MKL's own number of threads is another one in each
-        with ThreadPoolExecutor(threads or before, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(before)
+    # each thread is told, for MKL's own number of threads is another one in each
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    with _torch_takes(1), pool as workers:
+        yield workers
 
 
 @contextmanager
@@ -42,8 +39,17 @@ def power_of_two() -> Iterator[None]:
     """
     import torch
 
+    with _torch_takes(1 << (torch.get_num_threads().bit_length() - 1)):
+        yield
+
+
+@contextmanager
+def _torch_takes(threads: int) -> Iterator[None]:
+    """So many threads in each of torch's operations, afterwards as many as before."""
+    import torch
+
     before = torch.get_num_threads()
-    torch.set_num_threads(1 << (before.bit_length() - 1))
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -375,12 +375,13 @@ class _Search:
                 order = rng.permutation(n)
                 for start in range(0, n, batch):
                     taken += 1
-                    loss = self._step(adam, order[start : start + batch], scale * length(taken, total))
+                    full = scale * length(taken, total)
+                    loss = self._step(adam, order[start : start + batch], full)
                     bar.set_postfix_str(f"KLD {loss:.4f}, kept aside {best:.4f} of {before:.4f}")
                     bar.update()
                 self.move([b.rounded(b.m) for b in self.blocks])
                 found = self.measured()
-                history.append((scale * length(taken, total), found))
+                history.append((full, found))
                 if found >= (1 - LEAST) * best:
                     halvings, scale = halvings + 1, scale / 2
                 if found < best:

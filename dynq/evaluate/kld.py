@@ -23,6 +23,7 @@ from dynq.files import disk_array, replacing
 from dynq.kernels import divergence
 from dynq.progress import progress
 
+BATCH = 2  # chunks in one pass, and of a task where workers share them
 RANGE = 32.0  # nats below the best token that the file can tell apart; step RANGE / 65535 = 0.0005
 STEP = np.float32(RANGE / 65535)
 TOP_PERCENTILES = (99.9, 99.0, 95.0, 90.0)
@@ -112,7 +113,7 @@ def coded(depth: np.ndarray) -> Coded:
 
 @torch.inference_mode()
 def log_probabilities(
-    model: Any, tokens: np.ndarray, first: int, *, batch: int = 2, desc: str = "reference"
+    model: Any, tokens: np.ndarray, first: int, *, batch: int = BATCH, desc: str = "reference"
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities of a model chunk by chunk, float32 ``[scored, n_vocab]`` on the model's device."""
     for logits in each_chunk(model, tokens, first, batch, desc):
@@ -157,7 +158,7 @@ def _batches(chunks: range, batch: int, desc: str) -> Iterator[range]:
 
 
 def make_reference(
-    model: Any, tokens: np.ndarray, path: Path, *, first: int | None = None, batch: int = 2, desc: str = "reference"
+    model: Any, tokens: np.ndarray, path: Path, *, first: int | None = None, batch: int = BATCH, desc: str = "reference"
 ) -> Reference:
     """Run the original once over tokens int32 ``[n_chunks, n_ctx]`` and keep its log-probabilities under ``path``.
 
@@ -230,7 +231,7 @@ class TokenScores:
 
 
 def measure(
-    model: Any, reference: Base, *, skip: int = 0, chunks: int | None = None, batch: int = 2, desc: str = "evaluate"
+    model: Any, reference: Base, *, skip: int = 0, chunks: int | None = None, batch: int = BATCH, desc: str = "evaluate"
 ) -> TokenScores:
     """Scores of a model against the reference, token by token, on its first ``chunks`` chunks (all by default).
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SHARE = 0.02  # of the reported KLD, at most
 SAMPLE_CHUNKS, SAMPLE_TOKENS = 2, 64  # the floor's mean over them is right to about a tenth
-BATCH = 2  # chunks of a task, as in one process
 QUERIES = 128  # attended at once: each block sees only the keys up to its end
 
 
@@ -146,7 +145,7 @@ class _ByWorkers:
 
     def measure(self, base: kld.Base, skip: int, chunks: int | None, coarse: bool, desc: str) -> kld.TokenScores:
         rows = range(skip, len(base.tokens) if chunks is None else chunks)
-        parts = runs(self._cluster, self._models[0], rows, BATCH)
+        parts = runs(self._cluster, self._models[0], rows, kld.BATCH)
         there = partial(_measured_there, *self._models, base, coarse)
         found = tasks(there, parts, self._cluster, total=len(parts), desc=desc, unit="batch")
         return reduce(_joined, found)
@@ -162,7 +161,7 @@ def _there(config: Checkpoint, weights: Checkpoint) -> _Here:
 def reference_by_workers(cluster: Client, checkpoint: Checkpoint, tokens: np.ndarray, path: Path) -> kld.Reference:
     """`kld.make_reference` of a checkpoint, by the workers of a cluster; written here."""
     first, n_vocab = tokens.shape[1] // 2, checkpoint.tensors["token_embd.weight"].shape[0]
-    rows = runs(cluster, checkpoint, range(len(tokens)), BATCH)
+    rows = runs(cluster, checkpoint, range(len(tokens)), kld.BATCH)
     parts = [tokens[run.start : run.stop] for run in rows]
     there = partial(_depths_there, checkpoint, first)
     found = tasks(there, parts, cluster, total=len(parts), desc="original", unit="batch")
