@@ -9,7 +9,8 @@ in its precision: on a card text is sampled and the model calibrated in bfloat16
 Agreement: the correlation of the logarithms of predicted KLDs, from samples of the one and of the other, and the
 ratio of their sums; the ratio of the KLDs of one file. Throughput counts 2 operations a weight and token forward, 4
 backward; sampling reads all weights for each token of an answer. The peak is measured: products of large matrices, and
-a copy of a large array.
+a copy of a large array. Of a card's memory: the most that a step has taken (its model, and what torch came to hold
+meanwhile), beside what `dynq.needs` reckons.
 """
 
 import argparse
@@ -28,12 +29,14 @@ import torch
 import transformers
 
 from dynq import calibrate as calibration
-from dynq import codec
+from dynq import codec, needs
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.devices import calibration_dtype, cards, single
 from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.layer_inputs import _modules, collect
+from dynq.machine import Machine
+from dynq.schedule import BATCH
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
@@ -86,6 +89,7 @@ class Side:
         self.exact = load_model(checkpoint, device=device, streamed=False)
         coarse = self.dtype != "float32"
         self.model = load_model(checkpoint, dtype=self.dtype, device=device, streamed=False) if coarse else self.exact
+        self.taken: dict[str, int] = {}
         self.turn = 0
         self.predicted: list[float] = []
         self.divergence = 0.0
@@ -128,16 +132,47 @@ class Side:
         self.kept = kld.make_reference(self.exact, tokens, self.folder / "kept", first=0, desc="")
 
     def tune(self, tokens: np.ndarray) -> None:
-        """One step of two chunks, of scales and codes."""
+        """One step, of scales and codes."""
         if self.search is None:
             self.search = _Search(self.checkpoint, self.exact, self.tensors, tokens, tokens, RATE, CODES, unknown)
             self.adam = self.search.adam()
-        self.search._step(self.adam, np.arange(min(2, len(tokens))), 0.1)
+        self.search._step(self.adam, np.arange(min(BATCH, len(tokens))), 0.1)
 
     def evaluate(self, tokens: np.ndarray) -> None:
         """The tuned file against the original."""
         assert self.search is not None
         self.divergence = float(kld.measure(self.search.model, self.kept, batch=2, desc="").kld.mean())
+
+    def step(self, name: str, tokens: np.ndarray) -> None:
+        """One of `STEPS`, and the most memory of the card that it takes: its model, and what is added to that."""
+        if not self.place.startswith("cuda"):
+            return getattr(self, name)(tokens)
+        before = torch.cuda.memory_allocated(self.place)
+        torch.cuda.reset_peak_memory_stats(self.place)
+        getattr(self, name)(tokens)
+        model = self.model if name in ("sample", "calibrate") else self.exact if name != "sensitivity" else None
+        own = sum(p.nbytes for p in model.parameters()) if model else 0
+        if name == "evaluate" and self.search:
+            own += sum(p.nbytes for p in self.search.model.parameters())
+        added = torch.cuda.max_memory_allocated(self.place) - before
+        self.taken[name] = max(self.taken.get(name, 0), own + added)
+
+    def reckoned(self, tokens: np.ndarray) -> dict[str, float]:
+        """The same by `dynq.needs`."""
+        shape, machine, n_ctx = needs.Shape.of(self.checkpoint), Machine.here(device=self.place), tokens.shape[1]
+        size, weight = sum(data.nbytes for _, data in self.tensors.values()), machine.calibrated
+        text = {"at_once": ANSWERS, "weight": weight}
+        export = partial(needs.export, shape, "", size, domains=1, measured=len(tokens), n_ctx=n_ctx, machine=machine)
+        evaluated = min(BATCH, len(tokens))
+        found = {
+            "sample": needs.sampled(shape, "", 1, 16 + ANSWER, machine, **text),
+            "calibrate": needs.calibrate(shape, len(tokens), n_ctx, 1024, machine),
+            "sensitivity": needs.sensitivity(shape, [TUNED], "plain", 1024, 0, 0, machine),
+            "collect": export(level="feedback", tune=0, chunks=len(tokens)),
+            "tune": export(level="plain", tune=1, chunks=evaluated, codes=True),
+            "evaluate": needs.evaluate(shape, "", [size], 0, evaluated, n_ctx, machine, beside=True),
+        }
+        return {name: need.card for name, need in found.items()}
 
 
 STEPS = ("sample", "calibrate", "sensitivity", "collect", "reference", "tune", "evaluate")
@@ -182,8 +217,10 @@ def main() -> None:
         for turn in range(given.repeats + 1):
             for step in given.steps:
                 for name, side in sides.items():
-                    read = tokens[:2] if turn == 0 or step in ("reference", "tune", "evaluate") else tokens
-                    spent, _ = timed(lambda side=side, step=step, read=read: getattr(side, step)(read))
+                    read = tokens[:BATCH] if turn == 0 or step in ("reference", "tune", "evaluate") else tokens
+                    spent, _ = timed(lambda side=side, step=step, read=read: side.step(step, read))
+                    if step == "tune" and turn == 0:
+                        print(f"{name}: the first step of tuning, latent numbers made, {spent:.1f} s", flush=True)
                     if turn:
                         times.setdefault((step, name), []).append(spent)
         report(times, sides, given, checkpoint, tokens)
@@ -212,7 +249,7 @@ def parts_of_calibration(side: Side, tokens: np.ndarray) -> str:
 def report(
     times: dict[tuple[str, str], list[float]], sides: dict[str, Side], given: Any, checkpoint: Checkpoint, tokens: Any
 ) -> None:
-    n, few = checkpoint.n_weights, 2 * tokens.shape[1]
+    n, few = checkpoint.n_weights, min(BATCH, len(tokens)) * tokens.shape[1]
     best = {name: peaks(side.place) for name, side in sides.items()}
     for name, peak in best.items():
         print(
@@ -240,6 +277,13 @@ def report(
         if step == "calibrate":
             for name, side in sides.items():
                 print(f"  {name}, all threads together, {parts_of_calibration(side, tokens)}")
+    for side in sides.values():
+        for step, own in side.reckoned(tokens).items() if side.taken else ():
+            if step in side.taken:
+                taken = side.taken[step]
+                print(
+                    f"{step:12} card, GiB: reckoned {own / 2**30:.2f} / taken {taken / 2**30:.2f} = {own / taken:.2f}"
+                )
     if len(sides) == 2:
         one, other = (np.array(side.predicted) for side in sides.values())
         if len(one):
