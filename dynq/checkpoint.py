@@ -67,6 +67,11 @@ class TensorInfo:
         return self.shape[-1]
 
     @property
+    def n_matrices(self) -> int:
+        """How many it holds: of a stack of experts one each."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
     def layer(self) -> int | None:
         return layer_of(self.name)
 

@@ -2,15 +2,17 @@
 
 Rows of a tensor are coupled too (`dynq.coupling`) where it has at most `WIDE`, or as many as columns: of others the
 gradients would take more memory and time than the inputs, and are less correlated (LOG.md).
+
+Each expert of a stack is a layer of its own, with what is sent to it. A domain may hardly reach an expert, so an expert
+has all of them in one, which also takes a fraction of the memory.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,10 +24,10 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 from dynq import codec, feedback, memory, output_gradients
-from dynq.checkpoint import Checkpoint
+from dynq.checkpoint import Checkpoint, TensorInfo
 from dynq.cluster import tasks
 from dynq.devices import free
-from dynq.encoding import Stream, importance_of, quantized
+from dynq.encoding import Stream, importance_of, matrices, quantized
 from dynq.errors import DynqError
 from dynq.files import replacing
 from dynq.imatrix import Importance
@@ -33,6 +35,7 @@ from dynq.kernels import scales
 from dynq.kernels.on_card import usable
 from dynq.layerwise import reader
 from dynq.progress import progress
+from dynq.recorder import HEAD, Recorder
 from dynq.threads import each, in_order, one_thread_each
 
 if TYPE_CHECKING:
@@ -71,16 +74,27 @@ def feed_back(
     same, and read from a file there.
     """
     parts.mkdir(exist_ok=True)
-    modules = {} if reader(model) else _modules(checkpoint, model)
-    unread = "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
-    fed = {name for name in chosen if name in modules and scales.grid(chosen[name]) is not None}
-    sizes = {name: _size(checkpoint, name, len(set(domains))) if name in fed else 0 for name in chosen}
+    n_domains = len(set(domains))
+    read_by = {} if reader(model) else products(checkpoint, model)
+    why = dict.fromkeys(
+        chosen, "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
+    )
+    fed = set()
+    for name in read_by.keys() & chosen.keys():
+        size = _size(checkpoint, name, n_domains)
+        if scales.grid(chosen[name]) is None:
+            why[name] = f"{chosen[name]} has no feedback"
+        elif len(checkpoint.tensors[name].shape) == 3 and size > BUDGET:
+            why[name] = f"what its experts read would take {size / 2**30:.1f} GiB"
+        else:
+            fed.add(name)
+    sizes = {name: _size(checkpoint, name, n_domains) if name in fed else 0 for name in chosen}
     device = usable(str(getattr(model, "device", "cpu")))
-    guard = len(set(domains)) > 1  # with a single text that is what the model is for
+    guard = n_domains > 1  # with a single text that is what the model is for
     if cluster:
         encode = partial(tasks, partial(_encoded, checkpoint, guard, aims, 1, "cpu"), cluster=cluster, unit="tensor")
     else:
-        most = max((_working(checkpoint, name, len(set(domains))) for name in fed), default=1)
+        most = max((_working(checkpoint, name, n_domains) for name in fed), default=1)
         cores = threads or codec.cores()
         at_once = max(1, min(cores, memory.available() // (2 * most))) if device == "cpu" else 1
         encode = partial(
@@ -91,18 +105,16 @@ def feed_back(
         for bunch in _bunches(chosen, sizes):
             made = {name: _part(parts, name) for name in bunch}
             missing = [n for n, part in made.items() if not _holds(part, chosen[n], aims)]
-            reading = {name: modules[name] for name in missing if name in fed}
-            inputs = collect(model, reading, tokens, domains, threads=threads) if reading else {}
-            layers = {
-                n: (layer, _rows(checkpoint, n, layer)) for n, layer in reading.items() if _is_coupled(checkpoint, n)
-            }
-            gradients = output_gradients.collect(model, layers, tokens, threads=threads)
-            read: dict[str, Any] = {name: Read(*both, gradients.get(name)) for name, both in inputs.items()}
+            reading = [name for name in missing if name in fed]
+            read: dict[str, Any] = collect(model, checkpoint, reading, tokens, domains, threads=threads)
+            rows = {n: _rows(checkpoint, n, read_by[n]) for n in reading if _is_coupled(checkpoint, n)}
+            for name, gradients in output_gradients.collect(model, checkpoint, rows, tokens, threads=threads).items():
+                read[name] = [one._replace(gradients=own) for one, own in zip(read[name], gradients, strict=True)]
+            order = {n: checkpoint.architecture.slot_of(n).columns(*read_by[n]) for n in reading}
             if cluster:
                 read = _written(read, parts / "hessians")
-            why = {name: f"{chosen[name]} has no feedback" if name in modules else unread for name in missing}
             means = ((name, importance_of(checkpoint, name, importance)) for name in missing)
-            todo = (_Todo(name, chosen[name], mean, read.get(name) or why[name]) for name, mean in means)
+            todo = (_Todo(n, chosen[n], mean, read.get(n) or why[n], order.get(n)) for n, mean in means)
             # within the limit of each encoder, which would restore another's while that one works
             with threadpool_limits(limits=1, user_api="blas"), closing(encode(items=todo)) as results:
                 for name in bunch:
@@ -119,44 +131,56 @@ def feed_back(
 
 
 class Read(NamedTuple):
-    """What a tensor's layer read and gave out: Hessians to fit, and those that judge; gradients: of its outputs, see
+    """What a matrix read, and what it gave out: Hessians to fit, and those that judge; gradients: of its outputs, see
     `feedback.encode`."""
 
     fit: list[feedback.Hessian]
     aside: list[feedback.Hessian]
-    gradients: tuple[np.ndarray, np.ndarray] | None
+    gradients: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class _Todo(NamedTuple):
-    """A tensor to encode. read: by its layer, or the files that it is in, or why there is nothing."""
+    """A tensor to encode. read: by its matrices, or the files that it is in, or why there is nothing; order: which
+    input each column multiplies."""
 
     name: str
     format: str
     mean: np.ndarray | None
-    read: Read | tuple[Path, Path | None] | str
+    read: list[Read] | tuple[Path, Path | None] | str
+    order: np.ndarray | None
 
 
 def _size(checkpoint: Checkpoint, name: str, domains: int) -> int:
     """Bytes of what is collected for a tensor."""
     info = checkpoint.tensors[name]
-    return 2 * _BYTES * (domains * info.row**2 + (info.shape[0] ** 2 if _is_coupled(checkpoint, name) else 0))
+    squares = info.row**2 * _kept_apart(info, domains) + (info.shape[-2] ** 2 if _is_coupled(checkpoint, name) else 0)
+    return 2 * _BYTES * info.n_matrices * squares
 
 
 def _working(checkpoint: Checkpoint, name: str, domains: int) -> int:
     """Bytes that encoding a tensor takes at the most, beside what is collected."""
-    rows, row = checkpoint.tensors[name].shape
-    return (16 * domains + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0) + 33 * rows * row
+    info = checkpoint.tensors[name]
+    rows, row = info.shape[-2:]
+    square = (16 * _kept_apart(info, domains) + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0)
+    return square + 33 * rows * row + 3 * info.n_weights
+
+
+def _kept_apart(info: TensorInfo, domains: int) -> int:
+    """How many domains the inputs of a tensor's matrices are summed up by."""
+    return 1 if len(info.shape) == 3 else domains
 
 
 def _is_coupled(checkpoint: Checkpoint, name: str) -> bool:
-    rows, row = checkpoint.tensors[name].shape
+    rows, row = checkpoint.tensors[name].shape[-2:]
     return rows <= max(row, WIDE)
 
 
-def _rows(checkpoint: Checkpoint, name: str, layer: torch.nn.Linear) -> np.ndarray:
-    """Which output of its layer each row of a tensor is, int64 [rows]."""
-    outputs = np.broadcast_to(np.arange(layer.out_features)[:, None], tuple(layer.weight.shape))
-    return np.array(checkpoint.architecture.slot_of(name).gather(outputs)[:, 0])
+def _rows(checkpoint: Checkpoint, name: str, product: Product) -> np.ndarray:
+    """Which output of its product each row of a matrix is, int64 [rows]."""
+    axis = len(product.shape) - (1 if product.flipped else 2)
+    outputs = np.arange(product.shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(product.shape))])
+    gathered = checkpoint.architecture.slot_of(name).gather(np.broadcast_to(outputs, product.shape))
+    return np.array(gathered.reshape(-1, *gathered.shape[-2:])[0, :, 0])
 
 
 def _encoded(
@@ -169,47 +193,87 @@ def _encoded(
         data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
         told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": read, "coupled": 1.0}
         return {"data": data}, told
-    fit, aside, gradients = read if isinstance(read, Read) else _read(*read)
-    order = checkpoint.architecture.slot_of(todo.name).cols
-    if order is not None:
-        fit, aside = ([h.ordered(order) for h in some] for some in (fit, aside))
-    settings: dict[str, Any] = {"gradients": gradients, "guard": guard, "threads": threads, "device": device}
-    made = feedback.encode(checkpoint.read(todo.name), todo.format, fit, aside, todo.mean, **settings)
-    told |= {"level": made.level, "shrinkage": made.shrinkage, "ratios": made.ratios, "reason": made.reason}
-    best = {"best": made.best.astype(np.float16)} if aims and made.best is not None else {}
-    return {"data": made.data} | best, told | {"coupled": made.coupled}
+    apart, made = checkpoint.tensors[todo.name].n_matrices > 1, list[feedback.Encoded]()
+    best = list[np.ndarray]()
+    for (weights, mean), own in zip(
+        matrices(checkpoint, todo.name, todo.mean), read if isinstance(read, list) else _read(*read), strict=True
+    ):
+        fit, aside = own.fit, own.aside
+        if todo.order is not None and (np.diff(todo.order) != 1).any():
+            fit, aside = ([h.ordered(todo.order) for h in some] for some in (fit, aside))
+        settings: dict[str, Any] = {"gradients": own.gradients, "guard": guard and not apart}
+        made.append(feedback.encode(weights, todo.format, fit, aside, mean, threads=threads, device=device, **settings))
+        if aims:
+            found = made[-1].best
+            best.append((weights if found is None else found).astype(np.float16))
+    return _together(made, best, apart), told | _told_of(made)
 
 
-def _written(read: Mapping[str, Read], folder: Path) -> dict[str, tuple[Path, Path | None]]:
+def _together(made: Sequence[feedback.Encoded], best: Sequence[np.ndarray], apart: bool) -> dict[str, np.ndarray]:
+    """Bytes of a tensor from those of its matrices, and `best` [all rows, n] where one was fed back."""
+    data = {"data": np.stack([one.data for one in made]) if apart else made[0].data}
+    fed_back = any(one.level == "feedback" for one in made)
+    return data | ({"best": np.concatenate(best)} if best and fed_back else {})
+
+
+def _told_of(made: Sequence[feedback.Encoded]) -> dict[str, Any]:
+    """What `reports` tells of a tensor, whose matrices were encoded so: of a stack that is fed back the mean shrinkage
+    and coupling of all matrices, and the reason of the first that is not."""
+    fed_back = [one for one in made if one.level == "feedback"]
+    shrinkage = [one.shrinkage for one in fed_back if one.shrinkage is not None]
+    left = [one for one in made if one.level != "feedback"]
+    reason = left[0].reason if left else ""
+    return {
+        "level": "feedback" if fed_back else made[0].level,
+        "shrinkage": float(np.mean(shrinkage)) if shrinkage else None,
+        "ratios": [ratio for one in made for ratio in one.ratios],
+        "reason": f"{len(left)} of {len(made)} experts: {reason}" if left and len(made) > 1 else reason,
+        "coupled": float(np.mean([one.coupled for one in made])),
+    }
+
+
+def _written(read: Mapping[str, list[Read]], folder: Path) -> dict[str, tuple[Path, Path | None]]:
     """Name -> files with its inputs and its gradients, for workers to read; layers that read the same have one file."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     files: dict[int, Path] = {}
     found = {}
-    for name, (fit, aside, gradients) in read.items():
-        same = [*fit, *aside][0].matrix.ctypes.data
+    for name, all_ in read.items():
+        same = [*all_[0].fit, *all_[0].aside][0].matrix.ctypes.data
         if same not in files:
             files[same] = folder / f"{len(files)}.safetensors"
-            parts = {f"fit.{i:05d}": h for i, h in enumerate(fit)} | {f"aside.{i:05d}": h for i, h in enumerate(aside)}
+            parts = {
+                f"{e:05d}.{kind}.{i:05d}": h
+                for e, own in enumerate(all_)
+                for kind, some in (("fit", own.fit), ("aside", own.aside))
+                for i, h in enumerate(some)
+            }
             tokens = json.dumps({part: h.tokens for part, h in parts.items()})
             save_file({part: h.matrix for part, h in parts.items()}, files[same], {"tokens": tokens})
-        own = None
-        if gradients is not None:
-            own = folder / f"{name}.safetensors"
-            save_file(dict(zip(("fit", "aside"), gradients, strict=True)), own)
-        found[name] = files[same], own
+        gradients = {
+            f"{e:05d}.{kind}": g
+            for e, own in enumerate(all_)
+            for kind, g in zip(("fit", "aside"), own.gradients or (), strict=False)
+        }
+        if gradients:
+            save_file(gradients, folder / f"{name}.safetensors")
+        found[name] = files[same], folder / f"{name}.safetensors" if gradients else None
     return found
 
 
-def _read(inputs: Path, outputs: Path | None) -> Read:
-    with safe_open(inputs, framework="np") as kept:
+def _read(inputs: Path, outputs: Path | None) -> Iterator[Read]:
+    """What was written of a tensor, matrix after matrix."""
+    with safe_open(inputs, framework="np") as kept, ExitStack() as also:
         tokens = json.loads(kept.metadata()["tokens"])
-        found = {name: feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in sorted(tokens)}
-    fit, aside = ([h for name, h in found.items() if name.startswith(kind)] for kind in ("fit.", "aside."))
-    if outputs is None:
-        return Read(fit, aside, None)
-    with safe_open(outputs, framework="np") as kept:
-        return Read(fit, aside, (kept.get_tensor("fit"), kept.get_tensor("aside")))
+        given = also.enter_context(safe_open(outputs, framework="np")) if outputs else None
+        for e in dict.fromkeys(name[:5] for name in sorted(tokens)):
+
+            def hessians(kind: str, e: str = e) -> list[feedback.Hessian]:
+                own = [name for name in sorted(tokens) if name.startswith(f"{e}.{kind}.")]
+                return [feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in own]
+
+            gradients = None if given is None else (given.get_tensor(f"{e}.fit"), given.get_tensor(f"{e}.aside"))
+            yield Read(hessians("fit"), hessians("aside"), gradients)
 
 
 def _part(parts: Path, name: str) -> Path:
@@ -264,15 +328,28 @@ def expected_kld(table: pyarrow.Table, told: Sequence[Mapping[str, Any]]) -> flo
     return sum(plain.get((entry["tensor"], entry["format"]), 0.0) * entry["gain"] * entry["coupled"] for entry in told)
 
 
-def _modules(checkpoint: Checkpoint, model: Any) -> dict[str, torch.nn.Linear]:
-    """GGUF name -> the linear layer that multiplies by it and by nothing else's weights."""
+class Product(NamedTuple):
+    """The parameter that a tensor is in: its shape, [experts, rows, n] of a stack; flipped: [experts, n, rows]."""
+
+    shape: tuple[int, ...]
+    flipped: bool
+
+
+def products(checkpoint: Checkpoint, model: Any) -> dict[str, Product]:
+    """GGUF name -> what multiplies by it, of tensors that are rows of a linear layer or of a stack of experts."""
     named = dict(model.named_modules())
     found = {}
     for name, info in checkpoint.tensors.items():
         slot = checkpoint.architecture.slot_of(name)
-        module = named.get(slot.parameter.removesuffix(".weight"))
-        if info.quantizable and slot.linear and isinstance(module, torch.nn.Linear):
-            found[name] = module
+        if not info.quantizable:
+            continue
+        if slot.linear and isinstance(layer := named.get(slot.parameter.removesuffix(".weight")), torch.nn.Linear):
+            found[name] = Product(tuple(layer.weight.shape), False)
+        elif "_exps" in info.kind:
+            shape = tuple(model.get_parameter(slot.parameter).shape)
+            flipped = slot.columns(shape, False) is None
+            if len(shape) == 3 and slot.columns(shape, flipped) is not None:
+                found[name] = Product(shape, flipped)
     return found
 
 
@@ -292,89 +369,92 @@ def _bunches(names: Mapping[str, str], sizes: Mapping[str, int]) -> Iterator[lis
 
 def collect(
     model: Any,
-    modules: Mapping[str, torch.nn.Linear],
+    checkpoint: Checkpoint,
+    names: Sequence[str],
     tokens: np.ndarray,
     domains: Sequence[str],
     *,
     threads: int | None = None,
-) -> dict[str, tuple[list[feedback.Hessian], list[feedback.Hessian]]]:
-    """Name -> Hessians of a layer's inputs, of every domain: those to fit, and those of the chunks kept aside.
+) -> dict[str, list[Read]]:
+    """Name -> for each matrix (one, or those of a stack of experts) Hessians of its inputs, of every domain, of a stack
+    of all together: those to fit, and those of the chunks kept aside.
 
-    modules: name -> linear layer; layers that read the same input share their Hessians. tokens int32 [n_chunks, n_ctx].
+    names: some of `products`; those that read the same input share their Hessians. tokens int32 [n_chunks, n_ctx].
     threads: chunks that are read at once on a CPU, by default as many as torch has threads. Sums run over chunks in
     their order, so the bytes do not depend on it.
     """
-    local = threading.local()  # a chunk has a thread of its own
-
-    def hook(name: str) -> Any:
-        def keep(module: Any, args: tuple) -> None:
-            local.inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1])
-
-        return keep
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    if not names:
+        return {}
     # the head is spared where its inputs are not wanted
-    spared = {} if model.get_output_embeddings() in modules.values() else {"logits_to_keep": 1}
+    spared = {} if HEAD in names else {"logits_to_keep": 1}
     at_once = (threads or torch.get_num_threads()) if model.device.type == "cpu" else 1
-    keys = list(zip(domains, kept_aside(domains).tolist(), strict=True))
-    on_card = _on_card(modules, len(set(domains)))
-    sums: dict[tuple[str, str, bool], torch.Tensor] = {}
-    read: dict[int, dict[str, torch.Tensor]] = {}
+    aside = kept_aside(domains).tolist()
+    on_card = _on_card(model, checkpoint, names, len(set(domains)))
+    sums: dict[tuple[str, int, str, bool], torch.Tensor] = {}
+    counts: dict[tuple[str, int, str, bool], int] = {}
+    read: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor | None]]] = {}
     shared: dict[str, str] = {}
 
     @torch.no_grad()
     def forward(i: int) -> None:
-        local.inputs = {}
+        recorder = Recorder(model, checkpoint, names)
         ids = torch.from_numpy(tokens[i : i + 1].astype(np.int64)).to(model.device)
-        model(input_ids=ids, use_cache=False, **spared)
+        with recorder:
+            model(input_ids=ids, use_cache=False, **spared)
         first: dict[int, str] = {}
-        shared.update({name: first.setdefault(x.data_ptr(), name) for name, x in local.inputs.items()})
-        read[i] = {name: local.inputs[name].float() for name in first.values()}
-        del local.inputs
+        of_unit = {unit: first.setdefault(recorder.shares(unit), unit) for unit in recorder.used}
+        shared.update({name: of_unit[unit] for name, unit in recorder.tensors.items() if unit in of_unit})
+        uses = {unit: recorder.use(unit) for unit in first.values()}
+        read[i] = {unit: (use.x.float(), use.expert) for unit, use in uses.items()}
 
-    def add(chunks: range, parts: Sequence[tuple[str, slice]], k: int) -> None:
-        """Some rows of a layer's Hessians."""
-        name, rows = parts[k]
+    def key(unit: str, e: int, i: int) -> tuple[str, int, str, bool]:
+        return unit, e, domains[i] if checkpoint.tensors[unit].n_matrices == 1 else "", aside[i]
+
+    def add(chunks: range, parts: Sequence[tuple[str, int, slice]], k: int) -> None:
+        """Some rows of a matrix's Hessians."""
+        unit, e, rows = parts[k]
         for i in chunks:
-            x = read[i][name]
-            sums[name, *keys[i]][rows] += (x[:, rows].T @ x).to(sums[name, *keys[i]].device)
+            if unit in read[i]:
+                x, expert = read[i][unit]
+                x = x if expert is None else x[expert == e]
+                total = sums[key(unit, e, i)]
+                total[rows] += (x[:, rows].T @ x).to(total.device)
+                if rows.start == 0:
+                    counts[key(unit, e, i)] = counts.get(key(unit, e, i), 0) + len(x)
 
-    try:
-        with (
-            progress(total=len(tokens), desc="layer inputs", unit="chunk") as bar,
-            one_thread_each(at_once) as workers,
-        ):
-            for start in range(0, len(tokens), at_once):
-                chunks = range(start, min(start + at_once, len(tokens)))
-                each(workers, forward, chunks, bar)
-                widths = {name: x.shape[1] for name, x in read[start].items()}
-                for name, n in widths.items():
-                    place = read[start][name].device if on_card else "cpu"
-                    for i in chunks:
-                        sums.setdefault((name, *keys[i]), torch.zeros(n, n, device=place))
-                parts = [(name, slice(at, at + _ROWS)) for name, n in widths.items() for at in range(0, n, _ROWS)]
-                each(workers, partial(add, chunks, parts), range(len(parts)))
-                read.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    missing = [name for name in modules if name not in shared]
+    with progress(total=len(tokens), desc="layer inputs", unit="chunk") as bar, one_thread_each(at_once) as workers:
+        for start in range(0, len(tokens), at_once):
+            chunks = range(start, min(start + at_once, len(tokens)))
+            each(workers, forward, chunks, bar)
+            parts = []
+            for unit, (x, _) in {unit: use for i in chunks for unit, use in read[i].items()}.items():
+                n, place = x.shape[1], x.device if on_card else "cpu"
+                for e in range(checkpoint.tensors[unit].n_matrices):
+                    for own in {key(unit, e, i) for i in chunks} - sums.keys():
+                        sums[own] = torch.zeros(n, n, device=place)
+                    parts += [(unit, e, slice(at, at + _ROWS)) for at in range(0, n, _ROWS)]
+            each(workers, partial(add, chunks, parts), range(len(parts)))
+            read.clear()
+    missing = [name for name in names if name not in shared]
     if missing:
-        raise DynqError(f"{missing[0]}: the model does not call this layer")
+        raise DynqError(f"{missing[0]}: the model multiplies nothing by it")
 
-    def of(name: str, aside: bool) -> list[feedback.Hessian]:
-        own = [(domain, aside) for domain in dict.fromkeys(domains) if (domain, aside) in keys]
-        return [
-            feedback.Hessian(sums[shared[name], *key].cpu().numpy(), keys.count(key) * tokens.shape[1]) for key in own
-        ]
+    def of(unit: str, e: int, aside: bool) -> list[feedback.Hessian]:
+        own = [(unit, e, domain, aside) for domain in dict.fromkeys(["", *domains])]
+        return [feedback.Hessian(sums[k].cpu().numpy(), counts.get(k, 0)) for k in own if k in sums]
 
-    return {name: (of(name, False), of(name, True)) for name in modules}
+    made = {
+        unit: [Read(of(unit, e, False), of(unit, e, True)) for e in range(checkpoint.tensors[unit].n_matrices)]
+        for unit in dict.fromkeys(shared.values())
+    }
+    return {name: made[shared[name]] for name in names}
 
 
-def _on_card(modules: Mapping[str, torch.nn.Linear], domains: int) -> bool:
+def _on_card(model: Any, checkpoint: Checkpoint, names: Sequence[str], domains: int) -> bool:
     """Whether sums are kept where layers are computed: on a card, if they take no more than half of what is free."""
-    most = sum(2 * domains * 4 * module.in_features**2 for module in modules.values())
-    cards = {module.weight.device for module in modules.values()}
+    infos = [checkpoint.tensors[name] for name in names]
+    most = sum(2 * _kept_apart(info, domains) * 4 * info.n_matrices * info.row**2 for info in infos)
+    cards = {model.get_parameter(checkpoint.architecture.parameter(name)).device for name in names}
     return all(card.type == "cuda" and 2 * most < free(card) for card in cards)
 
 

@@ -351,6 +351,47 @@ def sensitivity(
     )
 
 
+class _Fed(NamedTuple):
+    """A tensor that is fed back. wide: rows that are coupled; domains: that its inputs are summed up by."""
+
+    product: Product
+    wide: int
+    domains: int
+
+    @property
+    def collected(self) -> float:
+        """Bytes of its sums."""
+        return 8.0 * self.product.experts * (self.domains * self.product.n_in**2 + self.wide**2)
+
+    @property
+    def working(self) -> float:
+        """Bytes that encoding one of its matrices takes beside them."""
+        return (16.0 * self.domains + 60) * self.product.n_in**2 + 60 * self.wide**2
+
+    @property
+    def tried(self) -> int:
+        """Rows of a matrix that are encoded, tries included."""
+        guards = feedback.GUARD_ROWS * self.domains if self.product.experts == 1 else 0
+        return self.product.rows + TRIED * feedback.TRIAL_ROWS + guards
+
+    def flops(self, tokens: int) -> float:
+        """Of sums over a text of so many tokens, and of encoding."""
+        p, n, r = self.product, self.product.n_in, self.wide
+        encoded = 8.0 * self.tried * n**2 + 4 * (TRIED + self.domains) * n**3
+        coupled = r * (8 * n**2 + 2 * r * n + 18 * r**2)
+        return 2.0 * tokens * p.used * (n**2 + r**2) + p.experts * (encoded + coupled)
+
+
+def _fed_back(shape: Shape, domains: int) -> list[_Fed]:
+    """All but what is looked up, and stacks of experts that are too large for `layer_inputs.BUDGET`."""
+    found = []
+    for p in shape.products:
+        fed = _Fed(p, p.rows if p.rows <= max(p.n_in, WIDE) else 0, domains if p.experts == 1 else 1)
+        if (p.experts == 1 and p.name != "token_embd.weight") or ("_exps" in p.name and 3 * fed.collected <= BUDGET):
+            found.append(fed)
+    return found
+
+
 def export(
     shape: Shape,
     step: str,
@@ -369,15 +410,15 @@ def export(
 
     size: of the file; measured: chunks that feedback reads, chunks: those that tuning does. Memory: 4.9 bytes a weight
     of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
-    coupled) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D + 60) x row^2 + 60 x
-    rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a sequence forward and
-    backward, or a second model (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and
-    backward, or several (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for
-    which there must be room. On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in
-    passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2))
-    and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D
-    guards, 18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning,
-    N MOVED where codes move.
+    coupled; D = 1 for each expert) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D
+    + 60) x row^2 + 60 x rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a
+    sequence forward and backward, or a second model (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a
+    chunk forward and backward, or several (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where
+    codes move, for which there must be room. On a card the model, and what tuning holds besides files and a tensor.
+    Disk: the file; in passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x
+    (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of
+    5 tries and D guards, 18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a
+    step of tuning, N MOVED where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune
@@ -387,20 +428,16 @@ def export(
     card, beside = (1.0 * F32 * shape.n, max(own, shape.on_its_way)) if fed_back or tune else (0.0, own)
     sequence = 8 * n_ctx * shape.values + shape.logits(n_ctx)  # forward and backward
     if fed_back:
-        fed = [p for p in shape.products if p.experts == 1 and p.name != "token_embd.weight"]
-        rows = {p.name: p.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * domains for p in fed}
-        wide = {p.name: p.rows if p.rows <= max(p.n_in, WIDE) else 0 for p in fed}  # rows that are coupled
-        sums = [8.0 * (domains * p.n_in**2 + wide[p.name] ** 2) for p in fed]
-        hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums))
-        encoding = max((16 * domains + 60) * p.n_in**2 + 60 * wide[p.name] ** 2 for p in fed) + own
+        fed = _fed_back(shape, domains)
+        sums = [f.collected for f in fed]
+        hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums)) if sums else 0.0
+        encoding = max((f.working for f in fed), default=0.0) + own
         at_once = min(machine.threads, measured)
         held = F32 * shape.n + max(hessians + max(encoding, at_once * sequence), F32 * shape.n + sequence)
         card, beside = card + sequence, max(beside, hessians + encoding)  # Hessians only where it has room to spare
-        flops += 6 * read * shape.active + 2 * read * sum(p.n_in**2 + wide[p.name] ** 2 for p in fed)
-        flops += sum(8 * rows[p.name] * p.n_in**2 + 4 * (TRIED + domains) * p.n_in**3 for p in fed)
-        flops += sum(r * (8 * p.n_in**2 + 2 * r * p.n_in + 18 * r**2) for p in fed if (r := wide[p.name]))
+        flops += 6 * read * shape.active + sum(f.flops(read) for f in fed)
         spent += 4 * shape.forward(read) + read * shape.vocab * CHOSEN
-        spent += FED_BACK * sum((rows[p.name] + wide[p.name]) * p.n_in for p in fed)
+        spent += FED_BACK * sum(f.product.experts * (f.tried + f.wide) * f.product.n_in for f in fed)
     codes = codes and tune > 0
     if tune:
         room = memory.for_weights(machine.free - F32 * shape.n - (size if machine.card is None else 0))

@@ -52,9 +52,10 @@ class Recorder(TorchFunctionMode):
     units: name -> parameter: a matrix, a stack of experts, or an embedding, under the name of the first GGUF tensor
         that is in it; the head under `HEAD` also where it is tied. tensors: GGUF name -> unit.
     flipped: units whose matrices are ``[in, out]``, known once they were used.
+    only: names of the tensors that are recorded, others are not seen; by default all, and the head.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint):
+    def __init__(self, model: Any, checkpoint: Checkpoint, only: Collection[str] | None = None):
         super().__init__()
         self.units: dict[str, torch.Tensor] = {}
         self.tensors: dict[str, str] = {}
@@ -62,16 +63,17 @@ class Recorder(TorchFunctionMode):
         self._pieces: dict[str, _Pieces] = {}
         first: dict[str, str] = {}
         for name, info in checkpoint.tensors.items():
-            if info.quantizable:
+            if info.quantizable and (only is None or name in only):
                 parameter = checkpoint.architecture.parameter(name)
                 unit = self.tensors[name] = first.setdefault(parameter, name)
                 self.units[unit] = model.get_parameter(parameter)
-        self.tensors[HEAD] = HEAD
-        self.units[HEAD] = model.get_output_embeddings().weight
+        if only is None or HEAD in only:
+            self.tensors[HEAD] = HEAD
+            self.units[HEAD] = model.get_output_embeddings().weight
         storages = {unit: parameter.untyped_storage().data_ptr() for unit, parameter in self.units.items()}
         storages = {unit: at for unit, at in storages.items() if at}  # a layer that is not in memory lies nowhere
         self._lookups = {at: unit for unit, at in storages.items() if unit != HEAD}
-        self._products = {at: unit for unit, at in storages.items()} | {storages[HEAD]: HEAD}  # also where it is tied
+        self._products = {at: unit for unit, at in storages.items()}  # the head is the last, also where it is tied
 
     def clear(self) -> None:
         self._pieces.clear()

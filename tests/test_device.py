@@ -18,7 +18,7 @@ from dynq.evaluate import kld
 from dynq.fisher import Fisher
 from dynq.folder import RunFolder
 from dynq.imatrix import Importance
-from dynq.layer_inputs import _modules, collect
+from dynq.layer_inputs import collect, products
 from dynq.run import check_sizes, plan
 from dynq.sensitivity import quadratic_form, sensitivity
 from dynq.spread import shares
@@ -252,9 +252,9 @@ def test_a_card_measures_collects_and_tunes_as_the_processor_does(
         model = load_model(tiny, device=device)
         reference = kld.make_reference(model, tokens, tmp_path / device, desc="")
         klds.append(kld.measure(load_model(tiny, read=decoded.__getitem__, device=device), reference, desc="").kld)
-        layers = {name: module for name, module in _modules(tiny, model).items() if name.startswith("blk.1.")}
-        found = collect(model, layers, tokens, ["a"] * 3 + ["b"])
-        hessians.append(np.concatenate([h.matrix.ravel() for both in found.values() for some in both for h in some]))
+        names = [name for name in products(tiny, model) if name.startswith("blk.1.")]
+        found = [one for [one] in collect(model, tiny, names, tokens, ["a"] * 3 + ["b"]).values()]
+        hessians.append(np.concatenate([h.matrix.ravel() for one in found for h in [*one.fit, *one.aside]]))
         after.append(tune(tiny, model, tensors, tokens[:3], tokens[3:], passes=1).kld)
     np.testing.assert_allclose(klds[1], klds[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(hessians[1], hessians[0], rtol=1e-3, atol=1e-3 * np.abs(hessians[0]).max())

@@ -33,11 +33,17 @@ def _importance(checkpoint) -> Importance:
     return Importance(sums, counts, [], 1, N_CTX)
 
 
+LAYERS = {
+    "blk.1.attn_q.weight": "model.layers.1.self_attn.q_proj",
+    "blk.1.attn_v.weight": "model.layers.1.self_attn.v_proj",
+    "blk.2.ffn_down.weight": "model.layers.2.mlp.down_proj",
+}
+
+
 def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
-    _, model, tokens = parts_of
-    layers = {"q": model.model.layers[1].self_attn.q_proj, "v": model.model.layers[1].self_attn.v_proj}
-    layers["down"] = model.model.layers[2].mlp.down_proj
-    found = collect(model, layers, tokens, DOMAINS, threads=2)
+    checkpoint, model, tokens = parts_of
+    layers = {name: model.get_submodule(path) for name, path in LAYERS.items()}
+    found = collect(model, checkpoint, list(layers), tokens, DOMAINS, threads=2)
 
     read: dict[str, list[np.ndarray]] = {name: [] for name in layers}
     handles = [
@@ -50,7 +56,7 @@ def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
     for handle in handles:
         handle.remove()
     aside = {domain: [i for i, d in enumerate(DOMAINS) if d == domain][3::4] for domain in ("code", "chats")}
-    for name, (fit, kept) in found.items():
+    for name, [(fit, kept, _)] in found.items():
         for k, domain in enumerate(("code", "chats")):
             own = [i for i, d in enumerate(DOMAINS) if d == domain]
             for hessian, rows in (
@@ -60,26 +66,24 @@ def test_hessians_are_sums_over_each_domain_and_part(parts_of) -> None:
                 x = np.concatenate([read[name][i][0] for i in rows])
                 assert hessian.tokens == len(x) == len(rows) * N_CTX
                 np.testing.assert_allclose(hessian.matrix, x.T @ x, rtol=1e-4, atol=1e-4 * np.abs(x.T @ x).max())
-    assert found["q"][0][0].matrix is found["v"][0][0].matrix or np.array_equal(
-        found["q"][0][0].matrix, found["v"][0][0].matrix
-    )
+    assert found["blk.1.attn_q.weight"] is found["blk.1.attn_v.weight"]
 
 
 def test_hessians_do_not_depend_on_threads(parts_of, monkeypatch) -> None:
-    _, model, tokens = parts_of
-    layers = {"q": model.model.layers[1].self_attn.q_proj, "down": model.model.layers[2].mlp.down_proj}
+    checkpoint, model, tokens = parts_of
     monkeypatch.setattr(layer_inputs, "_ROWS", 100)  # the last piece is smaller
     found = [
-        {name: [h.matrix.tobytes() for some in both for h in some] for name, both in read.items()}
-        for read in (collect(model, layers, tokens, DOMAINS, threads=n) for n in (1, 2, 3))
+        {name: [h.matrix.tobytes() for h in [*one.fit, *one.aside]] for name, [one] in read.items()}
+        for read in (collect(model, checkpoint, list(LAYERS), tokens, DOMAINS, threads=n) for n in (1, 2, 3))
     ]
     assert found[0] == found[1] == found[2]
 
 
-def test_a_layer_that_is_never_called_is_named(parts_of) -> None:
-    _, model, tokens = parts_of
-    with pytest.raises(DynqError, match="idle: the model does not call this layer"):
-        collect(model, {"idle": torch.nn.Linear(8, 8)}, tokens[:2], DOMAINS[:2])
+def test_what_is_never_multiplied_by_is_named(parts_of, monkeypatch) -> None:
+    checkpoint, model, tokens = parts_of
+    monkeypatch.setattr(model.model.layers[2], "forward", lambda x, *_, **__: x)
+    with pytest.raises(DynqError, match=r"^blk\.2\.ffn_down\.weight: the model multiplies nothing by it$"):
+        collect(model, checkpoint, list(LAYERS), tokens[:2], DOMAINS[:2])
 
 
 def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_path, monkeypatch) -> None:
@@ -103,12 +107,13 @@ def test_feed_back_gives_the_bytes_of_feedback_encode_and_goes_on(parts_of, tmp_
     assert json.loads(json.dumps(told)) == told
 
     name = next(n for n, entry in told.items() if entry["level"] == "feedback")
-    module = model.get_submodule(checkpoint.architecture.parameter(name).removesuffix(".weight"))
-    inputs = collect(model, {name: module}, tokens, DOMAINS)[name]
+    [inputs] = collect(model, checkpoint, [name], tokens, DOMAINS)[name]
     mean = importance.mean(name, checkpoint.tensors[name].row)
-    rows = layer_inputs._rows(checkpoint, name, module)
-    gradients = output_gradients.collect(model, {name: (module, rows)}, tokens)[name]
-    by_hand = feedback.encode(checkpoint.read(name), "Q4_0", *inputs, mean, gradients=gradients, threads=1)
+    rows = layer_inputs._rows(checkpoint, name, layer_inputs.products(checkpoint, model)[name])
+    [gradients] = output_gradients.collect(model, checkpoint, {name: rows}, tokens)[name]
+    by_hand = feedback.encode(
+        checkpoint.read(name), "Q4_0", inputs.fit, inputs.aside, mean, gradients=gradients, threads=1
+    )
     assert np.array_equal(by_hand.data, whole[name][1])
     assert by_hand.coupled == told[name]["coupled"]
     assert sum(entry["coupled"] < 1 for entry in told.values()) > 5, told
@@ -170,7 +175,7 @@ def test_gradients_are_in_the_order_of_rows(parts_of, tmp_path, monkeypatch) -> 
     monkeypatch.setattr(feedback, "encode", lambda *args, **how: given.update(how) or encode(*args, **how))
     list(feed_back(checkpoint, {name: "Q4_0"}, None, model, tokens, DOMAINS, tmp_path / "p", threads=1))
     everything = np.arange(layer.out_features)
-    as_torch = output_gradients.collect(model, {name: (layer, everything)}, tokens, threads=1)[name]
+    [as_torch] = output_gradients.collect(model, checkpoint, {name: everything}, tokens, threads=1)[name]
     for own, theirs in zip(given["gradients"], as_torch, strict=True):
         size = np.broadcast_to(theirs.diagonal()[:, None], tuple(layer.weight.shape))
         np.testing.assert_array_equal(own.diagonal(), slot.gather(size)[:, 0])

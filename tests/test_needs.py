@@ -107,19 +107,26 @@ def test_sensitivity_by_hand() -> None:
     assert swapped.memory == 4 * (N + 9 * 2048) + 10 * 9 * 2048 + 32 * 100 * 20  # in a swap all of it
 
 
-def test_export_by_hand() -> None:
+def test_export_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = needs.export(shape(), "export", 1000, "search", 0, 3, 3, 10, 2, LARGE)
     assert plain.memory == 4.9 * 8192 + 8192 and (plain.kept, plain.passing, plain.flops) == (1000, 0, 0)
     assert plain.spent == pytest.approx(N * needs.MIXED["search"])
     fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, LARGE)
-    squares, wide = 3 * 64**2, (64, 128, 100)  # of three layers, all coupled; experts are not fed back
-    sums, encoding = 8 * (2 * squares + sum(r**2 for r in wide)), (16 * 2 + 60) * 64**2 + 60 * 128**2 + plain.memory
+    squares, wide = 3 * 64**2, (64, 128, 100)  # of three layers, all coupled
+    experts = 4 * (64**2 + 32**2)  # all domains of an expert together
+    sums = 8 * (2 * squares + sum(r**2 for r in wide) + experts)
+    encoding = (16 * 2 + 60) * 64**2 + 60 * 128**2 + plain.memory
     assert fed.memory == 4 * N + sums + encoding
     assert fed.passing == 1000
-    rows = [64 + 768, 128 + 768, 100 + 768]
-    assert fed.flops == 30 * (6 * P + 2 * (squares + sum(r**2 for r in wide))) + sum(
-        8 * r * 64**2 + 4 * 7 * 64**3 for r in rows
-    ) + sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in wide)
+    rows = [64 + 768, 128 + 768, 100 + 768]  # five tries of 128, two guards of 64
+    summed = squares + sum(r**2 for r in wide) + 2 * (64**2 + 32**2)  # two of four experts a token
+    encoded = sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows) + 4 * (8 * (32 + 640) * 64**2 + 4 * 6 * 64**3)
+    coupled = sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in (*wide, *[32] * 4))
+    assert fed.flops == 30 * (6 * P + 2 * summed) + encoded + coupled
+    with monkeypatch.context() as tight:  # nor are experts fed back for which there is no room
+        tight.setattr(needs, "BUDGET", 3 * 8 * experts - 1)
+        without = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, LARGE)
+        assert without.memory == pytest.approx(4 * N + 2 / 3 * needs.BUDGET + encoding)
     assert needs.export(shape(), "export", 1000, "feedback", 0, 3, 9, 10, 2, LARGE) == fed  # only tuning reads more
     long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 9, 1000, 2, LARGE)
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
@@ -198,7 +205,7 @@ def test_export_on_a_card_by_hand() -> None:
     plain = needs.export(shape(), "export", 1000, "search", 0, 3, 3, 10, 2, CARD)
     assert (plain.memory, plain.card) == (own, 0)
     fed = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, CARD)
-    sums = 8 * (2 * squares + 64**2 + 128**2 + 100**2)
+    sums = 8 * (2 * squares + 64**2 + 128**2 + 100**2 + 4 * (64**2 + 32**2))
     assert fed.memory == sums + (16 * 2 + 60) * 64**2 + 60 * 128**2 + own
     assert fed.card == 4 * N + 8 * 10 * A + 32 * 100 * 10
     activations = 4 * (8 * 10 * A + 32 * 100 * 10)  # of four chunks

@@ -34,7 +34,7 @@ from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.devices import calibration_dtype, cards, single
 from dynq.evaluate import kld
 from dynq.fisher import Fisher
-from dynq.layer_inputs import _modules, collect
+from dynq.layer_inputs import collect, products
 from dynq.machine import Machine
 from dynq.schedule import BATCH
 from dynq.sensitivity import head_divergence, parameter_error, quadratic_form
@@ -124,8 +124,8 @@ class Side:
                 self.predicted.append(quadratic_form(samples.projections(moved), samples)[0])
 
     def collect(self, tokens: np.ndarray) -> None:
-        modules = _modules(self.checkpoint, self.exact)
-        collect(self.exact, dict(list(modules.items())[:COLLECTED]), tokens, ["a"] * len(tokens))
+        names = list(products(self.checkpoint, self.exact))[:COLLECTED]
+        collect(self.exact, self.checkpoint, names, tokens, ["a"] * len(tokens))
 
     def reference(self, tokens: np.ndarray) -> None:
         """The original's log-probabilities: evaluation's first half."""
