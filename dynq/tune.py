@@ -1,12 +1,11 @@
-"""Distillation of an encoded model by the gradient of the KLD: scales of blocks, what stays F32, and codes.
+"""Distillation of an encoded model by the gradient of the KLD: scales of blocks, norms and biases, and codes.
 
 Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Integer scales
 stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
 d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``.
-Norms, biases and routers, F32 in the file, have a multiplier for each value. Codes follow latent numbers
-(dynq.latent). Adam (Kingma and Ba 2015) takes the steps; the result is rounded to half floats. Scales as the parameters
-of distillation: PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between
-codes too.
+Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent). Adam
+(Kingma and Ba 2015) takes the steps; the result is rounded to half floats. Scales as the parameters of distillation:
+PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between codes too.
 
 The loss has two parts. The KL divergence of the original's next-token distribution at every position is what counts,
 but a chunk says little about a weight by it. What each layer gives to the next says far more: a number for each of its
@@ -70,9 +69,9 @@ def unknown(name: str) -> None:
 
 @dataclass(frozen=True)
 class Tuned:
-    """tensors: as given, with other half floats and F32 values. kld: on the chunks kept aside, before and after.
+    """tensors: as given, with other half floats and F32 vectors. kld: on the chunks kept aside, before and after.
 
-    steps: how many were taken; tuned: half floats and F32 values that could change; codes: share of all
+    steps: how many were taken; tuned: half floats and values of F32 vectors that could change; codes: share of all
     weights that have another code now; history: rate and KLD on the chunks kept aside after each pass.
     """
 
@@ -182,7 +181,7 @@ def _write(report: Path, told: dict[str, Any]) -> None:
 class _Blocks:
     """The multipliers of one tensor, its latent numbers, and its part of a parameter in the model.
 
-    m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 tensor each value is a block.
+    m float32 [1 or 2, rows, blocks of a row], in GGUF's order of rows; of an F32 vector each value is a block.
     now: the multipliers that the parameter holds. rate: a full step. latent: None where codes stay, and then the
     parameter is multiplied in place; codes: those of the start.
     """
@@ -200,8 +199,8 @@ class _Blocks:
     ):
         self.name, self.fmt, self.data, self.parameter, self.rate = name, fmt, data, parameter, rate
         shape = checkpoint.tensors[name].shape
-        self.slot, self.single, self.form = checkpoint.architecture.slot_of(name), fmt == "F32", formats.get(fmt)
-        if self.single:
+        self.slot, self.vector, self.form = checkpoint.architecture.slot_of(name), len(shape) == 1, formats.get(fmt)
+        if self.vector:
             stored = data.view(np.float32).reshape(1, -1, 1)
         else:
             values = halves.get(fmt, self._flat(data)).astype(np.float32)
@@ -212,7 +211,7 @@ class _Blocks:
         self.now = self.m.clone()
         self.offsets = self._offsets() if len(self.m) == 2 else None
         self.latent = None
-        if codes and movable(fmt):
+        if codes and not self.vector and movable(fmt):
             aim = aims(name)
             toward = checkpoint.read(name).reshape(-1, shape[-1]) if aim is None else aim
             self.latent = Latent(fmt, data, toward, parameter.device)
@@ -274,7 +273,7 @@ class _Blocks:
 
     def rounded(self, m: torch.Tensor) -> torch.Tensor:
         """The multipliers of what can be stored; 1 where that would be 0 or infinity."""
-        if self.single:
+        if self.vector:
             return m
         new = (self.halves * m).half().float()
         kept = (self.halves == 0) | (new == 0) | ~torch.isfinite(new)
@@ -283,7 +282,7 @@ class _Blocks:
     def encoded(self, m: torch.Tensor, codes: torch.Tensor | None) -> np.ndarray:
         """The tensor's bytes with multipliers of `rounded`, and with other codes where there are some."""
         values = (self.halves * m).cpu().numpy()
-        if self.single:
+        if self.vector:
             return values.view(np.uint8).reshape(self.data.shape)
         out = self.data if codes is None else latent.encoded(self.fmt, self.data, codes.cpu().numpy())
         out = out.copy()
@@ -317,11 +316,11 @@ class _Search:
         self.rough = mean > ROUGH
         self.blocks = []
         for name, (fmt, data) in tensors.items() if mean > LOSSLESS else ():
-            slot, info = checkpoint.architecture.slot_of(name), checkpoint.tensors[name]
+            slot, vector = checkpoint.architecture.slot_of(name), len(checkpoint.tensors[name].shape) == 1
             parameter = parameters.get(slot.parameter)
             if parameter is None or slot.decay:  # multiplying a decay adds to its logarithm: no multiplier's gradient
                 continue
-            if fmt in halves.AT or (fmt == "F32" and not info.quantizable):
+            if fmt in halves.AT or (fmt == "F32" and vector):
                 size = rate * errors.get(name, mean)
                 self.blocks.append(_Blocks(checkpoint, name, fmt, data, parameter, size, codes_rate > 0, aims))
         self.hooks = [
