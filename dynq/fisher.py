@@ -267,26 +267,27 @@ class Fisher:
                 self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
                 self.flipped |= set(about["flipped"])
 
-    def _each(self, unit: str, what: str) -> Iterator[torch.Tensor]:
+    def _each(self, unit: str, *keys: str) -> Iterator[list[torch.Tensor]]:
+        """These tensors of every sequence that the unit has samples of: each file is opened once."""
         for path in self._files[unit]:
             with _opened(path) as f:
-                found = f.get_tensor(f"{unit}.{what}")
+                found = [f.get_tensor(key) for key in keys]
             yield found
 
     def samples(self, name: str, device: torch.device | str = "cpu") -> Samples:
         """The samples of a tensor (GGUF name; ``output.weight`` is the head also where it is tied), on a device."""
         unit = self.unit[name]
-        group = self.group[unit]
-        x, length, weight = (self._all(group, what).to(device) for what in ("x", "length", "weight"))
+        group, stacked = self.group[unit], len(self.shapes[unit]) == 3
+        keys = [f"{group}.x", f"{group}.length", f"{group}.weight"]
+        keys += [f"{unit}.g", f"{unit}.slope"] if unit != HEAD else []  # its formula needs no gradient
+        keys += [f"{group}.expert"] if stacked else []
+        parts = zip(*self._each(unit, *keys), strict=True)
+        x, length, weight, *others = (torch.cat(part).to(device) for part in parts)
         x = x.float() * length.float()[:, None] if x.is_floating_point() else x
-        if unit == HEAD:  # its formula needs no gradient
+        if unit == HEAD:
             return Samples(x, torch.empty(len(x), 0, device=device), weight)
-        g = self._all(unit, "g").to(device).float() * self._all(unit, "slope").to(device).float()[:, None]
-        expert = self._all(group, "expert").to(device) if len(self.shapes[unit]) == 3 else None
-        return Samples(x, g, weight, expert, unit in self.flipped)
-
-    def _all(self, unit: str, what: str) -> torch.Tensor:
-        return torch.cat(list(self._each(unit, what)))
+        g, slope = others[0].float(), others[1].float()
+        return Samples(x, g * slope[:, None], weight, others[2] if stacked else None, unit in self.flipped)
 
     def in_sum2(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
@@ -295,7 +296,8 @@ class Fisher:
         with _opened(self._files[group][0]) as f:
             if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
-        sums, counts = (np.sum([p.numpy() for p in self._each(group, w)], axis=0) for w in ("in_sum2", "counts"))
+        parts = zip(*self._each(group, f"{group}.in_sum2", f"{group}.counts"), strict=True)
+        sums, counts = (np.sum([one.numpy() for one in part], axis=0) for part in parts)
         return sums.reshape(len(counts), -1), counts
 
     def cross_token(self, kinds: dict[str, str]) -> dict[str, float]:
@@ -305,7 +307,13 @@ class Fisher:
         estimate of one layer rests on as many squares as there are sequences. The head has 1 by construction.
         """
         ratios: dict[str, list[float]] = {}
+        sums = {name: np.zeros(2) for name in kinds}
+        for path in self.paths:
+            with _opened(path) as f:
+                for name in kinds:
+                    if path in self._files[self.unit[name]]:
+                        sums[name] += f.get_tensor(f"{self.unit[name]}.cross").numpy()
         for name, kind in kinds.items():
-            token, sequence = np.sum([part.numpy() for part in self._each(self.unit[name], "cross")], axis=0)
+            token, sequence = sums[name]
             ratios.setdefault(kind, []).append(sequence / max(token, 1e-300))
         return {kind: float(np.mean(r)) for kind, r in ratios.items()}

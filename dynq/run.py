@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = ("03_calibrate", "04_sensitivity", "05_allocate", "06_export", "07_evaluate")
 PER_TARGET = ("05_allocate", "06_export")
-QUICK = {"n_chunks": 16, "n_swaps": 0, "encoding": "search", "tune": 0, "eval_chunks": 8}
+QUICK: dict[str, Any] = {"n_ctx": 256, "n_chunks": 16, "n_swaps": 0, "encoding": "search", "tune": 0, "chat": []}
+QUICK |= {"eval_n_ctx": 256, "read": False}
 """Parameters of a first look; what they cost in quality and spare in time: LOG, "Quality"."""
 _FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
