@@ -163,6 +163,24 @@ def test_each_expert_is_encoded_by_its_own_inputs(mixture, tmp_path: Path, monke
     assert told_of["level"] == "search" and told_of["reason"].startswith("what its experts read would take 0.0 GiB")
 
 
+def test_workers_read_what_was_written_for_them(mixture, tmp_path: Path) -> None:
+    checkpoint, model, tokens, _ = mixture
+    names = [f"blk.0.ffn_{kind}_exps.weight" for kind in ("gate", "up", "down")]
+    read = collect(model, checkpoint, names, tokens, DOMAINS)
+    rows = {names[2]: np.arange(checkpoint.tensors[names[2]].shape[1])}
+    gradients = output_gradients.collect(model, checkpoint, rows, tokens)[names[2]]
+    read[names[2]] = [one._replace(gradients=own) for one, own in zip(read[names[2]], gradients, strict=True)]
+    written = layer_inputs._written(read, tmp_path / "hessians")
+    assert written[names[0]] == written[names[1]] != written[names[2]]  # gate and up read the same
+    for name in names:
+        for one, other in zip(read[name], layer_inputs._read(*written[name]), strict=True):
+            for mine, theirs in zip([*one.fit, *one.aside], [*other.fit, *other.aside], strict=True):
+                assert mine.tokens == theirs.tokens and np.array_equal(mine.matrix, theirs.matrix)
+            assert (one.gradients is None) == (other.gradients is None) == (name != names[2])
+            for mine, theirs in zip(one.gradients or (), other.gradients or (), strict=True):
+                assert np.array_equal(mine, theirs)
+
+
 def test_an_expert_that_hardly_a_token_reached_is_encoded_without(mixture, tmp_path: Path) -> None:
     checkpoint, model, tokens, importance = mixture
     name = "blk.0.ffn_up_exps.weight"
