@@ -11,7 +11,7 @@ from conftest import dynq_command
 from families import MODELS
 
 from dynq import calibrate as calibration
-from dynq import codec, devices, layerwise, memory
+from dynq import codec, devices, layerwise, memory, output_gradients
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.errors import DynqError
 from dynq.evaluate import kld
@@ -259,6 +259,30 @@ def test_a_card_measures_collects_and_tunes_as_the_processor_does(
     np.testing.assert_allclose(klds[1], klds[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(hessians[1], hessians[0], rtol=1e-3, atol=1e-3 * np.abs(hessians[0]).max())
     np.testing.assert_allclose(after[1], after[0], rtol=0.02)
+
+
+@needs_card
+@pytest.mark.parametrize("family", ["qwen3moe", "gpt-oss", "llama4-scout"])
+def test_a_card_collects_what_experts_read_and_give(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The likeliest token is the label, for a draw that falls between two of them may fall to either side."""
+    monkeypatch.setattr(output_gradients, "true_fisher_backward", lambda log_p, _: log_p.amax(-1).sum().backward())
+    checkpoint = open_checkpoint(tiny_models.make(family, tmp_path / "tiny"))
+    tokens = np.random.default_rng(0).integers(2, 300, (4, 32)).astype(np.int32)
+    names = [name for name in products(checkpoint, load_model(checkpoint)) if "_exps" in name]
+    rows = {name: np.arange(checkpoint.tensors[name].shape[1]) for name in names}
+    inputs, outputs = [], []
+    for device in ("cpu", "cuda"):
+        model = load_model(checkpoint, device=device)
+        read = collect(model, checkpoint, names, tokens, ["a", "b"] * 2)
+        every = [h for one in read.values() for expert in one for h in [*expert.fit, *expert.aside]]
+        inputs.append((np.concatenate([h.matrix.ravel() for h in every]), [h.tokens for h in every]))
+        found = output_gradients.collect(model, checkpoint, rows, tokens)
+        outputs.append(np.concatenate([part.ravel() for one in found.values() for pair in one for part in pair]))
+    assert inputs[0][1] == inputs[1][1] and sum(inputs[0][1]) > 0 and outputs[0].any()
+    for cpu, card in ((inputs[0][0], inputs[1][0]), outputs):
+        np.testing.assert_allclose(card, cpu, rtol=1e-2, atol=1e-3 * np.abs(cpu).max())
 
 
 @needs_card
