@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 
 from dynq import formats
 from dynq.evaluate.tables import layer_rows, layers_title
+from dynq.label_places import places
 from dynq.progress import is_static
 
 if TYPE_CHECKING:
@@ -319,17 +320,23 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
         "dynamic": ("dynq", BLUE, "diamond", "markers+text"),
         "file": ("files", BLUE, "diamond", "markers+text"),
     }
+    scored = [entry for entry in evaluation["files"] if entry["kind"] in style and entry["statistics"]]
+    sizes = [entry["tensor_bytes"] / unit for entry in scored] or [0.0, 1.0]
+    room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
+    sides = _sides(scored, unit, max(sizes) - min(sizes) + 2 * room)
     figure = go.Figure()
     for kind, (name, colour, shape, mode) in style.items():
-        own = [entry for entry in evaluation["files"] if entry["kind"] == kind and entry["statistics"]]
+        own = [entry for entry in scored if entry["kind"] == kind]
         if not own:
             continue
+        labels = [_short(entry["label"]) for entry in own]
         figure.add_scatter(
             x=[entry["tensor_bytes"] / unit for entry in own],
             y=[entry["statistics"]["Mean KLD"] for entry in own],
             error_y={"array": [entry["statistics"]["Mean KLD ±"] for entry in own], "thickness": 1},
-            text=[_short(entry["label"]) for entry in own],
-            textposition="top right" if "mix" in kind else "bottom left",
+            text=[label if sides[entry["label"]] else "" for label, entry in zip(labels, own, strict=True)],
+            textposition=[sides[entry["label"]] or "top right" for entry in own],
+            hovertext=labels,
             mode=mode,
             name=name + (" (hollow: dominated)" if any(entry.get("dominated_by") for entry in own) else ""),
             marker={
@@ -340,11 +347,22 @@ def frontier(evaluation: Mapping[str, Any]) -> Picture:
             line={"color": colour, "width": 1.5},
         )
     styled(figure, f"{evaluation['model']['name']}: divergence from the original at a size", 460)
-    sizes = [entry["tensor_bytes"] / unit for entry in evaluation["files"]] or [0.0, 1.0]
-    room = 0.15 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)  # for the labels
     figure.update_xaxes(title=f"tensor data, {name_of_unit}", range=[min(sizes) - room, max(sizes) + room])
     figure.update_yaxes(title="mean KLD, nats per token (less is better)", **NATS)
     return Picture(figure, html_table(evaluation_rows(evaluation), "Every file on the same held-out text"))
+
+
+def _sides(scored: Sequence[Mapping[str, Any]], unit: float, span: float) -> dict[str, str]:
+    """Label -> the side where it stands, in a picture of about 620 x 330 pixels that is so many units wide; dynq's have
+    the first choice."""
+    first = {"dynamic": "bottom left", "file": "bottom left", "mix": "top right", "other mix": "top right"}
+    order = sorted(scored, key=lambda entry: [*first, "uniform"].index(entry["kind"]))
+    logs = [math.log10(max(entry["statistics"]["Mean KLD"], 1e-12)) for entry in order]
+    high = max(logs, default=0.0) - min(logs, default=0.0) or 1.0
+    points = [(620 * entry["tensor_bytes"] / unit / span, 330 * y / high) for entry, y in zip(order, logs, strict=True)]
+    wanted = [first.get(entry["kind"], "bottom left") for entry in order]
+    found = places(points, [_short(entry["label"]) for entry in order], wanted)
+    return {entry["label"]: side for entry, side in zip(order, found, strict=True)}
 
 
 def layer_costs(evaluation: Mapping[str, Any]) -> Picture:

@@ -67,14 +67,16 @@ def _trace(trace: Any, at: Any) -> Iterator[str]:
         path = " ".join("{:.1f},{:.1f}".format(*at(trace.x[i], trace.y[i])) for i in shown)
         yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     symbols, errors = _symbols(trace), trace.error_y.array
-    vertical, _, horizontal = (trace.textposition or "top right").partition(" ")
+    position = trace.textposition or "top right"
+    positions = [position] * len(trace.x) if isinstance(position, str) else position
     for i in shown:
         x, y = at(trace.x[i], trace.y[i])
         if errors is not None:
             low, high = (at(trace.x[i], max(trace.y[i] + sign * errors[i], 1e-300))[1] for sign in (-1, 1))
             yield _line(x, low, x, high, colour)
         yield _marker(x, y, symbols[i], colour, trace.marker.size / 2)
-        if trace.text is not None:
+        if trace.text is not None and trace.text[i]:
+            vertical, _, horizontal = positions[i].partition(" ")
             side = {"left": -8, "center": 0, "right": 8}[horizontal]
             yield _text(x + side, y + (-7 if vertical == "top" else 16), trace.text[i], _ANCHOR[horizontal])
 
