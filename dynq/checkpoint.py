@@ -67,9 +67,13 @@ class TensorInfo:
         return self.shape[-1]
 
     @property
+    def stacked(self) -> bool:
+        """Whether it holds matrices of one shape, [matrices, rows, row]: a stack of experts, or of heads."""
+        return len(self.shape) == 3
+
+    @property
     def n_matrices(self) -> int:
-        """How many it holds: of a stack of experts one each."""
-        return self.shape[0] if len(self.shape) == 3 else 1
+        return self.shape[0] if self.stacked else 1
 
     @property
     def layer(self) -> int | None:

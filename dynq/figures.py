@@ -235,8 +235,11 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
     by_kind: dict[str, list[tuple[str, float]]] = {}
     coupled: dict[str, list[float]] = {}
     left: dict[str, list[Mapping[str, Any]]] = {}
+    why: dict[str, dict[str, None]] = {}
     for entry in told:
         kind = tensors[entry["tensor"]].kind
+        if entry["reason"] and tensors[entry["tensor"]].quantizable:  # of a stack perhaps of some experts alone
+            why.setdefault(kind, {})[entry["reason"]] = None
         if entry["level"] == "feedback":
             by_kind.setdefault(kind, []).append((entry["tensor"], entry["gain"]))
             coupled.setdefault(kind, []).append(entry["coupled"])
@@ -270,8 +273,8 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
             "mean": _geometric([r for _, r in points]),
             "worst": max(r for _, r in points) if points else None,
             "rows coupled": _geometric(coupled.get(kind, [])),
-            "not fed back": len(others := left.get(kind, [])),
-            "because": "; ".join(dict.fromkeys(entry["reason"] for entry in others)),
+            "not fed back": len(left.get(kind, [])),
+            "because": "; ".join(why.get(kind, {})),
         }
         for kind in dict.fromkeys([*by_kind, *left])
     ]

@@ -254,7 +254,7 @@ class Fisher:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.flipped: set[str] = set()
         self.tokens = 0
-        self._files: dict[str, list[Path]] = {}  # unit -> where its samples are, in the order of sequences
+        self._files: dict[str, dict[Path, None]] = {}  # unit -> where its samples are, in the order of sequences
         for path in self.paths:
             with _opened(path) as f:
                 about = json.loads(f.metadata()["about"])
@@ -262,7 +262,7 @@ class Fisher:
                 for first, units in about["groups"].items():
                     self.group |= dict.fromkeys(units, first)
                     for unit in units:
-                        self._files.setdefault(unit, []).append(path)
+                        self._files.setdefault(unit, {})[path] = None
                 self.unit |= about["tensors"]
                 self.shapes |= {unit: tuple(shape) for unit, shape in about["shapes"].items()}
                 self.flipped |= set(about["flipped"])
@@ -293,7 +293,7 @@ class Fisher:
         """Sums of x_j^2 over all tokens, float64 ``[n_mat, n_in]`` (n_mat: experts, or 1), and how many tokens these
         are, float64 ``[n_mat]``; None for an embedding, which has no inputs."""
         group = self.group[self.unit[name]]
-        with _opened(self._files[group][0]) as f:
+        with _opened(next(iter(self._files[group]))) as f:
             if f"{group}.in_sum2" not in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 return None
         parts = zip(*self._each(group, f"{group}.in_sum2", f"{group}.counts"), strict=True)

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +47,7 @@ ASIDE = 4  # of so many chunks of a domain one is kept aside: it decides how far
 BUDGET = 8 << 30  # bytes of Hessians in memory; the text is read once more for each time that this is filled
 WIDE = 2048  # rows that are coupled also where columns are less
 _ROWS = 1024  # of a Hessian that a thread sums up at once; the bytes depend on it
-_BYTES = 4 + 8  # of an entry: as it is summed up, and as `feedback.encode` works on it
+_SUMMED, _WORKED = 4, 8  # bytes of an entry: as it is summed up, and as `feedback.encode` works on it
 
 
 def feed_back(
@@ -63,7 +64,8 @@ def feed_back(
     desc: str = "encode",
     cluster: Client | None = None,
 ) -> Stream:
-    """By `feedback.encode`, on what the layers of the original read; by `search` what no layer multiplies by.
+    """By `feedback.encode`, on what the layers of the original read; by `search` what no layer multiplies by, and a
+    stack of experts whose Hessians are larger than `BUDGET`.
 
     model: the original in transformers; tokens int32 ``[n_chunks, n_ctx]``, the calibration text; domains: of each
     chunk. `kept_aside` of them judge, see `feedback.encode`.
@@ -77,14 +79,14 @@ def feed_back(
     n_domains = len(set(domains))
     read_by = {} if reader(model) else products(checkpoint, model)
     why = dict.fromkeys(
-        chosen, "the model does not fit into memory" if reader(model) else "looked up, or not quantized"
+        chosen, "the model does not fit into memory" if reader(model) else "no layer of its own multiplies by it"
     )
     fed = set()
     for name in read_by.keys() & chosen.keys():
         size = _size(checkpoint, name, n_domains)
         if scales.grid(chosen[name]) is None:
             why[name] = f"{chosen[name]} has no feedback"
-        elif len(checkpoint.tensors[name].shape) == 3 and size > BUDGET:
+        elif checkpoint.tensors[name].stacked and size > BUDGET:
             why[name] = f"what its experts read would take {size / 2**30:.1f} GiB"
         else:
             fed.add(name)
@@ -125,6 +127,7 @@ def feed_back(
                     with safe_open(made[name], framework="np") as file:
                         yield name, chosen[name], file.get_tensor("data")
                     bar.update(1)
+            read.clear()  # before the next are collected
     finally:
         bar.close()
         shutil.rmtree(parts / "hessians", ignore_errors=True)
@@ -151,10 +154,10 @@ class _Todo(NamedTuple):
 
 
 def _size(checkpoint: Checkpoint, name: str, domains: int) -> int:
-    """Bytes of what is collected for a tensor."""
+    """Bytes of what is collected for a tensor, and of one that is not stacked what encoding makes of it."""
     info = checkpoint.tensors[name]
     squares = info.row**2 * _kept_apart(info, domains) + (info.shape[-2] ** 2 if _is_coupled(checkpoint, name) else 0)
-    return 2 * _BYTES * info.n_matrices * squares
+    return 2 * info.n_matrices * squares * (_SUMMED if info.stacked else _SUMMED + _WORKED)
 
 
 def _working(checkpoint: Checkpoint, name: str, domains: int) -> int:
@@ -162,12 +165,12 @@ def _working(checkpoint: Checkpoint, name: str, domains: int) -> int:
     info = checkpoint.tensors[name]
     rows, row = info.shape[-2:]
     square = (16 * _kept_apart(info, domains) + 60) * row**2 + (60 * rows**2 if _is_coupled(checkpoint, name) else 0)
-    return square + 33 * rows * row + 3 * info.n_weights
+    return square + 33 * rows * row + (4 * info.n_weights if info.stacked else 0)
 
 
 def _kept_apart(info: TensorInfo, domains: int) -> int:
     """How many domains the inputs of a tensor's matrices are summed up by."""
-    return 1 if len(info.shape) == 3 else domains
+    return 1 if info.stacked else domains
 
 
 def _is_coupled(checkpoint: Checkpoint, name: str) -> bool:
@@ -193,42 +196,44 @@ def _encoded(
         data = quantized(checkpoint, todo.name, todo.format, todo.mean, "search", threads)
         told |= {"level": "search", "shrinkage": None, "ratios": [], "reason": read, "coupled": 1.0}
         return {"data": data}, told
-    apart, made = checkpoint.tensors[todo.name].n_matrices > 1, list[feedback.Encoded]()
-    best = list[np.ndarray]()
+    info = checkpoint.tensors[todo.name]
+    made, tokens = list[feedback.Encoded](), list[int]()
+    best = np.empty((info.n_matrices, *info.shape[-2:]), np.float16) if aims else None
     for (weights, mean), own in zip(
         matrices(checkpoint, todo.name, todo.mean), read if isinstance(read, list) else _read(*read), strict=True
     ):
         fit, aside = own.fit, own.aside
         if todo.order is not None and (np.diff(todo.order) != 1).any():
             fit, aside = ([h.ordered(todo.order) for h in some] for some in (fit, aside))
-        settings: dict[str, Any] = {"gradients": own.gradients, "guard": guard and not apart}
-        made.append(feedback.encode(weights, todo.format, fit, aside, mean, threads=threads, device=device, **settings))
-        if aims:
-            found = made[-1].best
-            best.append((weights if found is None else found).astype(np.float16))
-    return _together(made, best, apart), told | _told_of(made)
+        settings: dict[str, Any] = {"gradients": own.gradients, "guard": guard and not info.stacked}
+        one = feedback.encode(weights, todo.format, fit, aside, mean, threads=threads, device=device, **settings)
+        if best is not None:
+            best[len(made)] = weights if one.best is None else one.best
+        made.append(replace(one, best=None))
+        tokens.append(sum(h.tokens for h in [*fit, *aside]))
+    kept = {"data": np.stack([one.data for one in made]) if info.stacked else made[0].data}
+    if best is not None and any(one.level == "feedback" for one in made):
+        kept["best"] = best.reshape(-1, info.row)
+    return kept, told | (_together(made, tokens) if info.stacked else _told_of(made[0]))
 
 
-def _together(made: Sequence[feedback.Encoded], best: Sequence[np.ndarray], apart: bool) -> dict[str, np.ndarray]:
-    """Bytes of a tensor from those of its matrices, and `best` [all rows, n] where one was fed back."""
-    data = {"data": np.stack([one.data for one in made]) if apart else made[0].data}
-    fed_back = any(one.level == "feedback" for one in made)
-    return data | ({"best": np.concatenate(best)} if best and fed_back else {})
+def _told_of(one: feedback.Encoded) -> dict[str, Any]:
+    return {name: getattr(one, name) for name in ("level", "shrinkage", "ratios", "reason", "coupled")}
 
 
-def _told_of(made: Sequence[feedback.Encoded]) -> dict[str, Any]:
-    """What `reports` tells of a tensor, whose matrices were encoded so: of a stack that is fed back the mean shrinkage
-    and coupling of all matrices, and the reason of the first that is not."""
-    fed_back = [one for one in made if one.level == "feedback"]
-    shrinkage = [one.shrinkage for one in fed_back if one.shrinkage is not None]
+def _together(made: Sequence[feedback.Encoded], tokens: Sequence[int]) -> dict[str, Any]:
+    """The same of a stack: means over its experts by the tokens that they read, of shrinkage over those that are fed
+    back; the reason of the first that is not."""
     left = [one for one in made if one.level != "feedback"]
-    reason = left[0].reason if left else ""
+    judged = [(float(np.mean(np.log(one.ratios))), n) for one, n in zip(made, tokens, strict=True) if one.ratios and n]
+    logs, weights = np.array(judged).reshape(-1, 2).T
+    shrinkage = [one.shrinkage for one in made if one.shrinkage is not None]
     return {
-        "level": "feedback" if fed_back else made[0].level,
+        "level": "feedback" if len(left) < len(made) else made[0].level,
         "shrinkage": float(np.mean(shrinkage)) if shrinkage else None,
-        "ratios": [ratio for one in made for ratio in one.ratios],
-        "reason": f"{len(left)} of {len(made)} experts: {reason}" if left and len(made) > 1 else reason,
-        "coupled": float(np.mean([one.coupled for one in made])),
+        "ratios": [float(np.exp(np.average(logs, weights=weights)))] if judged else [],
+        "reason": f"{len(left)} of {len(made)} experts: {left[0].reason}" if left else "",
+        "coupled": float(np.average([one.coupled for one in made], weights=np.maximum(tokens, 1))),
     }
 
 
@@ -307,8 +312,8 @@ def aim(parts: Path, name: str) -> np.ndarray | None:
 
 def reports(parts: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """What `feed_back` tells of each tensor: tensor, format, level, shrinkage, reason, ratios (the squared output error
-    on the chunks kept aside over plain encoding's, domain after domain), gain, their geometric mean (1 of none), and
-    coupled, see `feedback.Encoded`."""
+    on the chunks kept aside over plain encoding's, domain after domain; of a stack one, the mean of its experts by
+    their tokens), gain, their geometric mean (1 of none), and coupled, see `feedback.Encoded`."""
     found = []
     for name in names:
         told, _ = _told(_part(parts, name))
@@ -408,7 +413,7 @@ def collect(
         read[i] = {unit: (use.x.float(), use.expert) for unit, use in uses.items()}
 
     def key(unit: str, e: int, i: int) -> tuple[str, int, str, bool]:
-        return unit, e, domains[i] if checkpoint.tensors[unit].n_matrices == 1 else "", aside[i]
+        return unit, e, "" if checkpoint.tensors[unit].stacked else domains[i], aside[i]
 
     def add(chunks: range, parts: Sequence[tuple[str, int, slice]], k: int) -> None:
         """Some rows of a matrix's Hessians."""
@@ -418,7 +423,8 @@ def collect(
                 x, expert = read[i][unit]
                 x = x if expert is None else x[expert == e]
                 total = sums[key(unit, e, i)]
-                total[rows] += (x[:, rows].T @ x).to(total.device)
+                if len(x):
+                    total[rows] += (x[:, rows].T @ x).to(total.device)
                 if rows.start == 0:
                     counts[key(unit, e, i)] = counts.get(key(unit, e, i), 0) + len(x)
 

@@ -365,19 +365,24 @@ class _Fed(NamedTuple):
 
     @property
     def working(self) -> float:
-        """Bytes that encoding one of its matrices takes beside them."""
-        return (16.0 * self.domains + 60) * self.product.n_in**2 + 60 * self.wide**2
+        """Bytes that encoding one of its matrices takes beside them, and what is kept of others of a stack."""
+        others = 3.0 * self.product.experts * self.product.rows * self.product.n_in if self.product.experts > 1 else 0.0
+        return (16.0 * self.domains + 60) * self.product.n_in**2 + 60 * self.wide**2 + others
 
     @property
     def tried(self) -> int:
         """Rows of a matrix that are encoded, tries included."""
-        guards = feedback.GUARD_ROWS * self.domains if self.product.experts == 1 else 0
-        return self.product.rows + TRIED * feedback.TRIAL_ROWS + guards
+        return self.product.rows + TRIED * feedback.TRIAL_ROWS + feedback.GUARD_ROWS * self.guards
+
+    @property
+    def guards(self) -> int:
+        """Domains that are left out in turn."""
+        return self.domains if self.product.experts == 1 else 0
 
     def flops(self, tokens: int) -> float:
         """Of sums over a text of so many tokens, and of encoding."""
         p, n, r = self.product, self.product.n_in, self.wide
-        encoded = 8.0 * self.tried * n**2 + 4 * (TRIED + self.domains) * n**3
+        encoded = 8.0 * self.tried * n**2 + 4 * (TRIED + self.guards) * n**3
         coupled = r * (8 * n**2 + 2 * r * n + 18 * r**2)
         return 2.0 * tokens * p.used * (n**2 + r**2) + p.experts * (encoded + coupled)
 
@@ -387,7 +392,7 @@ def _fed_back(shape: Shape, domains: int) -> list[_Fed]:
     found = []
     for p in shape.products:
         fed = _Fed(p, p.rows if p.rows <= max(p.n_in, WIDE) else 0, domains if p.experts == 1 else 1)
-        if (p.experts == 1 and p.name != "token_embd.weight") or ("_exps" in p.name and 3 * fed.collected <= BUDGET):
+        if (p.experts == 1 and p.name != "token_embd.weight") or ("_exps" in p.name and fed.collected <= BUDGET):
             found.append(fed)
     return found
 
@@ -410,11 +415,12 @@ def export(
 
     size: of the file; measured: chunks that feedback reads, chunks: those that tuning does. Memory: 4.9 bytes a weight
     of the largest matrix + 1 of the largest tensor; feedback: the model + 8 D x row^2 + 8 x rows^2 (where rows are
-    coupled; D = 1 for each expert) summed over its products, 2/3 of `layer_inputs.BUDGET` at most, + the largest (16 D
-    + 60) x row^2 + 60 x rows^2, of one tensor (more are encoded side by side where there is room), or for each thread a
-    sequence forward and backward, or a second model (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a
-    chunk forward and backward, or several (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where
-    codes move, for which there must be room. On a card the model, and what tuning holds besides files and a tensor.
+    coupled; D = 1 for each expert) summed over its products, `layer_inputs.BUDGET` at most, a third of it without
+    experts, + the largest (16 D + 60) x row^2 + 60 x rows^2 + 3 bytes a weight of a stack, of one tensor (more are
+    encoded side by side where there is room), or for each thread a sequence forward and backward, or a second model
+    (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward, or several
+    (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room.
+    On a card the model, and what tuning holds besides files and a tensor.
     Disk: the file; in passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x
     (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of
     5 tries and D guards, 18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a
@@ -430,7 +436,9 @@ def export(
     if fed_back:
         fed = _fed_back(shape, domains)
         sums = [f.collected for f in fed]
-        hessians = min(sum(sums), max(2 / 3 * BUDGET, *sums)) if sums else 0.0
+        # of tensors that are not stacked `layer_inputs` counts what is made of the sums too, twice their size
+        at_most = BUDGET if any(f.product.experts > 1 for f in fed) else BUDGET / 3
+        hessians = min(sum(sums), max(at_most, *sums)) if sums else 0.0
         encoding = max((f.working for f in fed), default=0.0) + own
         at_once = min(machine.threads, measured)
         held = F32 * shape.n + max(hessians + max(encoding, at_once * sequence), F32 * shape.n + sequence)

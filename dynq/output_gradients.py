@@ -72,7 +72,8 @@ def collect(
             if name in found[i]:
                 g, expert = found[i][name]
                 g = g if expert is None else g[expert == e]
-                sums[name, e][i in aside] += (g.T @ g).cpu()
+                if len(g):
+                    sums[name, e][i in aside] += (g.T @ g).cpu()
 
     handle = model.get_input_embeddings().register_forward_hook(begin)
     at_a_time = (threads or torch.get_num_threads()) if model.device.type == "cpu" else 1

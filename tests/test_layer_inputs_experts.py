@@ -12,6 +12,7 @@ from dynq import calibrate as calibration
 from dynq import feedback, layer_inputs, output_gradients
 from dynq.checkpoint import Checkpoint, open_checkpoint
 from dynq.encoding import quantize_tensor
+from dynq.figures import feedback_gain
 from dynq.imatrix import Importance
 from dynq.layer_inputs import collect, feed_back, products, reports
 from dynq.recorder import Recorder
@@ -154,7 +155,7 @@ def test_each_expert_is_encoded_by_its_own_inputs(mixture, tmp_path: Path, monke
     assert np.array_equal(made[gate], quantize_tensor(checkpoint, gate, "Q8_0", importance, "search", 1))
 
     # several threads, and a bunch a tensor: the same bytes
-    monkeypatch.setattr(layer_inputs, "BUDGET", layer_inputs._size(checkpoint, name, 2) + 1)
+    monkeypatch.setattr(layer_inputs, "BUDGET", layer_inputs._size(checkpoint, name, 2))
     assert all(np.array_equal(data, made[n]) for n, _, data in back(tmp_path / "b", threads=3))
     # no room for what all experts of a stack read
     monkeypatch.setattr(layer_inputs, "BUDGET", 1)
@@ -194,6 +195,31 @@ def test_an_expert_that_hardly_a_token_reached_is_encoded_without(mixture, tmp_p
     plain = quantize_tensor(checkpoint, name, "Q4_0", importance, "plain", 1)
     for e in starved:
         assert np.array_equal(data[e], searched[e]) or np.array_equal(data[e], plain[e])
+    assert told["reason"] in feedback_gain([told], checkpoint.tensors).table
+
+
+def test_a_stack_of_one_expert_stays_a_stack(tmp_path: Path) -> None:
+    sizes = {"num_experts": 1, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    checkpoint = open_checkpoint(tiny_models.make("qwen3moe", tmp_path / "tiny", **sizes))
+    name, tokens = "blk.0.ffn_up_exps.weight", _tokens()[:8]
+    [(_, _, data)] = feed_back(
+        checkpoint, {name: "Q4_0"}, None, load_model(checkpoint), tokens, DOMAINS[:8], tmp_path / "p", threads=1
+    )
+    [told] = reports(tmp_path / "p", [name])
+    assert data.shape == quantize_tensor(checkpoint, name, "Q4_0", None, "search", 1).shape
+    assert told["level"] == "feedback" and len(told["ratios"]) == 1
+
+
+def test_what_is_told_of_a_stack_are_means_by_tokens() -> None:
+    def encoded(level: str, ratio: float, coupled: float, reason: str) -> feedback.Encoded:
+        shrinkage = 0.5 if level == "feedback" else None
+        return feedback.Encoded(np.zeros((1, 18), np.uint8), level, shrinkage, (ratio,), reason, coupled)
+
+    made = [encoded("feedback", 0.5, 0.9, ""), encoded("search", 1.0, 1.0, "few"), encoded("feedback", 0.25, 0.5, "")]
+    told = layer_inputs._together(made, [30, 0, 10])
+    assert told["ratios"] == [pytest.approx(0.5**0.75 * 0.25**0.25)] and told["level"] == "feedback"
+    assert told["coupled"] == pytest.approx((30 * 0.9 + 1.0 + 10 * 0.5) / 41)
+    assert told["reason"] == "1 of 3 experts: few" and told["shrinkage"] == 0.5
 
 
 def test_the_recorder_sees_only_what_it_is_told_to(mixture) -> None:

@@ -120,13 +120,16 @@ def test_export_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fed.passing == 1000
     rows = [64 + 768, 128 + 768, 100 + 768]  # five tries of 128, two guards of 64
     summed = squares + sum(r**2 for r in wide) + 2 * (64**2 + 32**2)  # two of four experts a token
-    encoded = sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows) + 4 * (8 * (32 + 640) * 64**2 + 4 * 6 * 64**3)
+    encoded = sum(8 * r * 64**2 + 4 * 7 * 64**3 for r in rows) + 4 * (8 * (32 + 640) * 64**2 + 4 * 5 * 64**3)
     coupled = sum(r * (8 * 64**2 + 2 * r * 64 + 18 * r**2) for r in (*wide, *[32] * 4))
     assert fed.flops == 30 * (6 * P + 2 * summed) + encoded + coupled
     with monkeypatch.context() as tight:  # nor are experts fed back for which there is no room
-        tight.setattr(needs, "BUDGET", 3 * 8 * experts - 1)
+        tight.setattr(needs, "BUDGET", 8 * experts - 1)
         without = needs.export(shape(), "export", 1000, "feedback", 0, 3, 3, 10, 2, LARGE)
-        assert without.memory == pytest.approx(4 * N + 2 / 3 * needs.BUDGET + encoding)
+        largest = 8 * (2 * 64**2 + 128**2)  # more than a third of the budget
+        assert without.memory == pytest.approx(4 * N + largest + encoding)
+        stack = 30 * 2 * 2 * (64**2 + 32**2) + 4 * (8 * (32 + 640) * 64**2 + 4 * 5 * 64**3)
+        assert fed.flops - without.flops == stack + 4 * 32 * (8 * 64**2 + 2 * 32 * 64 + 18 * 32**2)
     assert needs.export(shape(), "export", 1000, "feedback", 0, 3, 9, 10, 2, LARGE) == fed  # only tuning reads more
     long = needs.export(shape(), "export", 1000, "feedback", 0, 9, 9, 1000, 2, LARGE)
     assert long.memory == 4 * N + sums + 4 * (8 * 1000 * A + 32 * 100 * 1000)  # four sequences, forward and backward
