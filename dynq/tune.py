@@ -11,7 +11,9 @@ The loss has two parts. The KL divergence of the original's next-token distribut
 but a chunk says little about a weight by it. What each layer gives to the next says far more: a number for each of its
 features at every position, hints in the sense of FitNets (Romero et al. 2015). Their squared errors, relative to the
 original's square at that position and averaged over layers and positions, are added with a weight, `hints_weight`. (At
-a position, not over all: some have features that are larger by orders of magnitude, the first above all.)
+a position, not over all: some have features that are larger by orders of magnitude, the first above all.) So are those
+of what the routers of a mixture give, as if these were further layers: a token that goes to another expert is no small
+change, and no gradient tells of it.
 
 How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. For multipliers it is a
 fraction of the tensor's relative error, for latent numbers one of the distance of codes. Steps grow shorter like a
@@ -470,9 +472,11 @@ class _Search:
 
 
 def _answer(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits [chunks, n_ctx - 1, vocab]; what each layer gives to the next, [chunks, n_ctx, width], the last normed."""
-    answer = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    return answer.logits[:, :-1].float(), answer.hidden_states[1:]
+    """Logits [chunks, n_ctx - 1, vocab]; what each layer gives to the next, [chunks, n_ctx, width], the last normed,
+    and of a mixture what each router gives, [chunks, n_ctx, experts]."""
+    answer = model(input_ids=ids, use_cache=False, output_hidden_states=True, output_router_logits=True)
+    routed = (logits.reshape(*ids.shape, -1) for logits in getattr(answer, "router_logits", None) or ())
+    return answer.logits[:, :-1].float(), (*answer.hidden_states[1:], *routed)
 
 
 @contextmanager
