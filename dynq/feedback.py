@@ -155,7 +155,7 @@ def encode(
     plain, search = (errors(candidates[level][trial]) for level in codec.LEVELS)
     judged = plain > 0
     form, total, ratios = scales.grid(fmt), _sum(fitted, n), list[np.ndarray]()
-    reason = _unfit(fmt, form, total, sum(h.tokens for h in kept))
+    reason = _unfit(fmt, form, fitted, kept, total.matrix)
     if not reason and guard and sum(h.tokens > 0 for h in fitted) < 2:
         reason = "a single domain is fitted, which says nothing of others (guard=False allows it)"
     if not reason and not judged.any():
@@ -222,16 +222,19 @@ def _coupled(
     return (data, new / old, factor) if old > 0 and new <= coupling.GAIN * old else (alone, 1.0, None)
 
 
-def _unfit(fmt: str, form: scales.Grid | None, total: Hessian, aside: int) -> str:
+def too_few(fit: Sequence[Hessian], aside: Sequence[Hessian], n: int) -> str:
+    """Why so many inputs do not serve a matrix of n columns, or ""."""
+    fitted, kept = (sum(h.tokens for h in some) for some in (fit, aside))
+    if fitted < FITTED * n:
+        return f"{fitted} inputs to fit, at least {FITTED * n} are needed"
+    return f"{kept} inputs kept aside, at least {ASIDE * n:.0f} are needed" if kept < ASIDE * n else ""
+
+
+def _unfit(fmt: str, form: scales.Grid | None, fitted: Sequence[Hessian], kept: Sequence[Hessian], total: Array) -> str:
     """Why feedback cannot be tried, or ""."""
-    n = len(total.matrix)
     if form is None:
         return f"{fmt} has no feedback"
-    if total.tokens < FITTED * n:
-        return f"{total.tokens} inputs to fit, at least {FITTED * n} are needed"
-    if aside < ASIDE * n:
-        return f"{aside} inputs kept aside, at least {ASIDE * n:.0f} are needed"
-    return "" if total.matrix.diagonal().any() else "all inputs are zero"
+    return too_few(fitted, kept, len(total)) or ("" if total.diagonal().any() else "all inputs are zero")
 
 
 def _error(weights: np.ndarray, decoded: np.ndarray, h: Hessian) -> float:

@@ -4,7 +4,8 @@ Rows of a tensor are coupled too (`dynq.coupling`) where it has at most `WIDE`, 
 gradients would take more memory and time than the inputs, and are less correlated (LOG.md).
 
 Each expert of a stack is a layer of its own, with what is sent to it. A domain may hardly reach an expert, so an expert
-has all of them in one, which also takes a fraction of the memory.
+has all of them in one, which also takes a fraction of the memory. Gates and up projections of all experts read the
+same stream: one that too few tokens reached has the inputs of all, which keeps three quarters of the gain (LOG.md).
 """
 
 from __future__ import annotations
@@ -199,10 +200,11 @@ def _encoded(
     info = checkpoint.tensors[todo.name]
     made, tokens = list[feedback.Encoded](), list[int]()
     best = np.empty((info.n_matrices, *info.shape[-2:]), np.float16) if aims else None
-    for (weights, mean), own in zip(
-        matrices(checkpoint, todo.name, todo.mean), read if isinstance(read, list) else _read(*read), strict=True
-    ):
-        fit, aside = own.fit, own.aside
+    each_read = read if isinstance(read, list) else list(_read(*read))
+    few = [feedback.too_few(own.fit, own.aside, info.row) != "" for own in each_read]
+    together = _of_all(each_read) if any(few) and info.stacked and "down" not in info.kind else None
+    for (weights, mean), own, starved in zip(matrices(checkpoint, todo.name, todo.mean), each_read, few, strict=True):
+        fit, aside, _ = together if together and starved else own
         if todo.order is not None and (np.diff(todo.order) != 1).any():
             fit, aside = ([h.ordered(todo.order) for h in some] for some in (fit, aside))
         settings: dict[str, Any] = {"gradients": own.gradients, "guard": guard and not info.stacked}
@@ -210,11 +212,23 @@ def _encoded(
         if best is not None:
             best[len(made)] = weights if one.best is None else one.best
         made.append(replace(one, best=None))
-        tokens.append(sum(h.tokens for h in [*fit, *aside]))
+        tokens.append(sum(h.tokens for h in [*own.fit, *own.aside]))
     kept = {"data": np.stack([one.data for one in made]) if info.stacked else made[0].data}
     if best is not None and any(one.level == "feedback" for one in made):
         kept["best"] = best.reshape(-1, info.row)
     return kept, told | (_together(made, tokens) if info.stacked else _told_of(made[0]))
+
+
+def _of_all(read: Sequence[Read]) -> Read:
+    """What all experts of a stack have read together."""
+
+    def total(parts: list[feedback.Hessian]) -> list[feedback.Hessian]:
+        matrix = np.zeros_like(parts[0].matrix) if parts else None
+        for h in parts:
+            matrix += h.matrix
+        return [] if matrix is None else [feedback.Hessian(matrix, sum(h.tokens for h in parts))]
+
+    return Read(total([h for own in read for h in own.fit]), total([h for own in read for h in own.aside]))
 
 
 def _told_of(one: feedback.Encoded) -> dict[str, Any]:

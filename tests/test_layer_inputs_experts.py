@@ -43,6 +43,16 @@ def _stacks(checkpoint: Checkpoint) -> list[str]:
     return [name for name, info in checkpoint.tensors.items() if info.quantizable and "_exps" in info.kind]
 
 
+def _given(read: list[layer_inputs.Read], row: int) -> list[tuple[list, list]]:
+    """What each expert is encoded by: its own inputs, those of all where these are too few for rows so long."""
+    fit, aside = (
+        [feedback.Hessian(sum(h.matrix for h in some), sum(h.tokens for h in some))]
+        for some in ([one.fit[0] for one in read], [one.aside[0] for one in read])
+    )
+    enough = (one.fit[0].tokens >= row and one.aside[0].tokens >= row / 4 for one in read)
+    return [(one.fit, one.aside) if own else (fit, aside) for one, own in zip(read, enough, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, object, np.ndarray, Importance]:
     path = tiny_models.make("qwen3moe", tmp_path_factory.mktemp("tiny"))
@@ -141,10 +151,8 @@ def test_each_expert_is_encoded_by_its_own_inputs(mixture, tmp_path: Path, monke
     gradients = output_gradients.collect(model, checkpoint, {name: rows}, tokens)[name]
     weights, levels, best = checkpoint.read(name), [], []
     assert mean is not None
-    for e, (one, own) in enumerate(zip(inputs[name], gradients, strict=True)):
-        by_hand = feedback.encode(
-            weights[e], "Q4_0", one.fit, one.aside, mean[e], gradients=own, guard=False, threads=1
-        )
+    for e, ((fit, aside), own) in enumerate(zip(_given(inputs[name], 128), gradients, strict=True)):
+        by_hand = feedback.encode(weights[e], "Q4_0", fit, aside, mean[e], gradients=own, guard=False, threads=1)
         assert np.array_equal(made[name][e], by_hand.data)
         levels.append(by_hand.level)
         best.append(weights[e] if by_hand.best is None else by_hand.best)
@@ -183,9 +191,10 @@ def test_workers_read_what_was_written_for_them(mixture, tmp_path: Path) -> None
 
 
 def test_an_expert_that_hardly_a_token_reached_is_encoded_without(mixture, tmp_path: Path) -> None:
+    """Down projections: what one reads says nothing of another's."""
     checkpoint, model, tokens, importance = mixture
-    name = "blk.0.ffn_up_exps.weight"
-    few, domains = tokens[:6], DOMAINS[:6]  # 288 tokens, two experts each: some have less than a row's 128
+    name = "blk.0.ffn_down_exps.weight"
+    few, domains = tokens[:6], DOMAINS[:6]  # 288 tokens, two experts each: some have less than a row's 96
     [(_, _, data)] = feed_back(checkpoint, {name: "Q4_0"}, importance, model, few, domains, tmp_path / "p", threads=1)
     [told] = reports(tmp_path / "p", [name])
     read = collect(model, checkpoint, [name], few, domains)[name]
@@ -196,6 +205,29 @@ def test_an_expert_that_hardly_a_token_reached_is_encoded_without(mixture, tmp_p
     for e in starved:
         assert np.array_equal(data[e], searched[e]) or np.array_equal(data[e], plain[e])
     assert told["reason"] in feedback_gain([told], checkpoint.tensors).table
+
+
+def test_one_that_reads_the_stream_has_the_inputs_of_all_then(mixture, tmp_path: Path) -> None:
+    checkpoint, model, tokens, importance = mixture
+    name = "blk.0.ffn_up_exps.weight"
+    few, domains = tokens[:14], DOMAINS[:14]
+    [(_, _, data)] = feed_back(checkpoint, {name: "Q4_0"}, importance, model, few, domains, tmp_path / "p", threads=1)
+    read = collect(model, checkpoint, [name], few, domains)[name]
+    rows = layer_inputs._rows(checkpoint, name, products(checkpoint, model)[name])
+    gradients = output_gradients.collect(model, checkpoint, {name: rows}, few)[name]
+    mean, weights = importance.mean(name, None), checkpoint.read(name)
+    given = _given(read, 128)
+    starved = [e for e, (one, (fit, _)) in enumerate(zip(read, given, strict=True)) if fit is not one.fit]
+    assert 0 < len(starved) < len(read)
+    how = {"guard": False, "threads": 1}
+    by_hand = [
+        feedback.encode(w, "Q4_0", *both, m, gradients=g, **how)
+        for w, both, m, g in zip(weights, given, mean, gradients, strict=True)
+    ]
+    assert np.array_equal(data, np.stack([one.data for one in by_hand]))
+    assert by_hand[starved[0]].level == "feedback"
+    alone = [read[starved[0]].fit, read[starved[0]].aside]
+    assert "are needed" in feedback.encode(weights[starved[0]], "Q4_0", *alone, mean[starved[0]], **how).reason
 
 
 def test_a_stack_of_one_expert_stays_a_stack(tmp_path: Path) -> None:
