@@ -216,7 +216,7 @@ def _encoded(
     kept = {"data": np.stack([one.data for one in made]) if info.stacked else made[0].data}
     if best is not None and any(one.level == "feedback" for one in made):
         kept["best"] = best.reshape(-1, info.row)
-    return kept, told | (_together(made, tokens) if info.stacked else _told_of(made[0]))
+    return kept, told | (_told_of_stack(made, tokens) if info.stacked else _told_of(made[0]))
 
 
 def _of_all(read: Sequence[Read]) -> Read:
@@ -235,7 +235,7 @@ def _told_of(one: feedback.Encoded) -> dict[str, Any]:
     return {name: getattr(one, name) for name in ("level", "shrinkage", "ratios", "reason", "coupled")}
 
 
-def _together(made: Sequence[feedback.Encoded], tokens: Sequence[int]) -> dict[str, Any]:
+def _told_of_stack(made: Sequence[feedback.Encoded], tokens: Sequence[int]) -> dict[str, Any]:
     """The same of a stack: means over its experts by the tokens that they read, of shrinkage over those that are fed
     back; the reason of the first that is not."""
     left = [one for one in made if one.level != "feedback"]

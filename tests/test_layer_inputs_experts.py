@@ -248,7 +248,7 @@ def test_what_is_told_of_a_stack_are_means_by_tokens() -> None:
         return feedback.Encoded(np.zeros((1, 18), np.uint8), level, shrinkage, (ratio,), reason, coupled)
 
     made = [encoded("feedback", 0.5, 0.9, ""), encoded("search", 1.0, 1.0, "few"), encoded("feedback", 0.25, 0.5, "")]
-    told = layer_inputs._together(made, [30, 0, 10])
+    told = layer_inputs._told_of_stack(made, [30, 0, 10])
     assert told["ratios"] == [pytest.approx(0.5**0.75 * 0.25**0.25)] and told["level"] == "feedback"
     assert told["coupled"] == pytest.approx((30 * 0.9 + 1.0 + 10 * 0.5) / 41)
     assert told["reason"] == "1 of 3 experts: few" and told["shrinkage"] == 0.5
