@@ -174,14 +174,14 @@ class Checkpoint:
 
     def matrices(self, name: str) -> Iterator[np.ndarray]:
         """The matrices of a tensor, as `read` gives them: of a stack of experts one after the other, else itself."""
-        shape = self.tensors[name].shape
-        if len(shape) != 3:
+        info = self.tensors[name]
+        if not info.stacked:
             yield self.read(name)
         elif self._matrices is None:
             yield from self.read(name)
         else:
             found = self._matrices(name)
-            for i in range(shape[0]):
+            for i in range(info.n_matrices):
                 try:
                     with taking_apart(f"{self.path}: tensor {name}, matrix {i}"):
                         matrix = np.ascontiguousarray(next(found), dtype=np.float32)

@@ -54,10 +54,10 @@ def quantized(
     checkpoint: Checkpoint, name: str, fmt: str, mean: np.ndarray | None, level: str, threads: int | None
 ) -> np.ndarray:
     """`codec.quantize` of a tensor; of a stack of experts one matrix at a time is in memory as weights."""
-    shape = checkpoint.tensors[name].shape
-    if len(shape) != 3:
+    info = checkpoint.tensors[name]
+    if not info.stacked:
         return codec.quantize(checkpoint.read(name), fmt, mean, level=level, threads=threads)
-    out = np.empty((*shape[:2], formats.row_bytes(fmt, shape[2])), np.uint8)
+    out = np.empty((*info.shape[:2], formats.row_bytes(fmt, info.row)), np.uint8)
     for i, (weights, own) in enumerate(matrices(checkpoint, name, mean)):
         out[i] = codec.quantize(weights, fmt, own, level=level, threads=threads)
     return out
@@ -73,10 +73,10 @@ def matrices(
     checkpoint: Checkpoint, name: str, mean: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """The matrices of a tensor, see `Checkpoint.matrices`, each with its part of the importance."""
-    shape = checkpoint.tensors[name].shape
-    apart = mean if mean is not None and mean.ndim == 2 and len(shape) == 3 else None
-    if apart is not None and len(apart) != shape[0]:
-        raise DynqError(f"importance matrix: {name} has {len(apart)} experts there, {shape[0]} in the model")
+    info = checkpoint.tensors[name]
+    apart = mean if mean is not None and mean.ndim == 2 and info.stacked else None
+    if apart is not None and len(apart) != info.n_matrices:
+        raise DynqError(f"importance matrix: {name} has {len(apart)} experts there, {info.n_matrices} in the model")
     for i, weights in enumerate(checkpoint.matrices(name)):
         yield weights, mean if apart is None else apart[i]
 

@@ -5,6 +5,7 @@ Okabe and Ito's palette, which the colour-blind can tell apart.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -234,17 +235,20 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
     brought beside that. told: of `dynq.layer_inputs.reports`."""
     by_kind: dict[str, list[tuple[str, float]]] = {}
     coupled: dict[str, list[float]] = {}
-    left: dict[str, list[Mapping[str, Any]]] = {}
+    left = Counter[str]()
     why: dict[str, dict[str, None]] = {}
     for entry in told:
-        kind = tensors[entry["tensor"]].kind
-        if entry["reason"] and tensors[entry["tensor"]].quantizable:  # of a stack perhaps of some experts alone
+        info = tensors[entry["tensor"]]
+        if not info.quantizable:
+            continue
+        kind = info.kind
+        if entry["reason"]:  # of a stack perhaps that of some experts alone
             why.setdefault(kind, {})[entry["reason"]] = None
         if entry["level"] == "feedback":
             by_kind.setdefault(kind, []).append((entry["tensor"], entry["gain"]))
             coupled.setdefault(kind, []).append(entry["coupled"])
-        elif tensors[entry["tensor"]].quantizable:
-            left.setdefault(kind, []).append(entry)
+        else:
+            left[kind] += 1
     figure = go.Figure()
     for kind, points in by_kind.items():
         figure.add_box(
@@ -273,7 +277,7 @@ def feedback_gain(told: Sequence[Mapping[str, Any]], tensors: "Mapping[str, Tens
             "mean": _geometric([r for _, r in points]),
             "worst": max(r for _, r in points) if points else None,
             "rows coupled": _geometric(coupled.get(kind, [])),
-            "not fed back": len(left.get(kind, [])),
+            "not fed back": left[kind],
             "because": "; ".join(why.get(kind, {})),
         }
         for kind in dict.fromkeys([*by_kind, *left])

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,7 +200,7 @@ def _encoded(
     info = checkpoint.tensors[todo.name]
     made, tokens = list[feedback.Encoded](), list[int]()
     best = np.empty((info.n_matrices, *info.shape[-2:]), np.float16) if aims else None
-    each_read = read if isinstance(read, list) else list(_read(*read))
+    each_read = read if isinstance(read, list) else _read(*read)
     few = [feedback.too_few(own.fit, own.aside, info.row) != "" for own in each_read]
     together = _of_all(each_read) if any(few) and info.stacked and "down" not in info.kind else None
     for (weights, mean), own, starved in zip(matrices(checkpoint, todo.name, todo.mean), each_read, few, strict=True):
@@ -223,10 +223,8 @@ def _of_all(read: Sequence[Read]) -> Read:
     """What all experts of a stack have read together."""
 
     def total(parts: list[feedback.Hessian]) -> list[feedback.Hessian]:
-        matrix = np.zeros_like(parts[0].matrix) if parts else None
-        for h in parts:
-            matrix += h.matrix
-        return [] if matrix is None else [feedback.Hessian(matrix, sum(h.tokens for h in parts))]
+        matrices = [h.matrix for h in parts]
+        return [feedback.Hessian(reduce(np.add, matrices), sum(h.tokens for h in parts))] if parts else []
 
     return Read(total([h for own in read for h in own.fit]), total([h for own in read for h in own.aside]))
 
@@ -280,19 +278,20 @@ def _written(read: Mapping[str, list[Read]], folder: Path) -> dict[str, tuple[Pa
     return found
 
 
-def _read(inputs: Path, outputs: Path | None) -> Iterator[Read]:
-    """What was written of a tensor, matrix after matrix."""
-    with safe_open(inputs, framework="np") as kept, ExitStack() as also:
+def _read(inputs: Path, outputs: Path | None) -> list[Read]:
+    """What was written of a tensor."""
+    with safe_open(inputs, framework="np") as kept:
         tokens = json.loads(kept.metadata()["tokens"])
-        given = also.enter_context(safe_open(outputs, framework="np")) if outputs else None
-        for e in dict.fromkeys(name[:5] for name in sorted(tokens)):
-
-            def hessians(kind: str, e: str = e) -> list[feedback.Hessian]:
-                own = [name for name in sorted(tokens) if name.startswith(f"{e}.{kind}.")]
-                return [feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in own]
-
-            gradients = None if given is None else (given.get_tensor(f"{e}.fit"), given.get_tensor(f"{e}.aside"))
-            yield Read(hessians("fit"), hessians("aside"), gradients)
+        found = {name: feedback.Hessian(kept.get_tensor(name), tokens[name]) for name in sorted(tokens)}
+    gradients: dict[str, np.ndarray] = {}
+    if outputs is not None:
+        with safe_open(outputs, framework="np") as given:
+            gradients = {name: given.get_tensor(name) for name in given.keys()}  # noqa: SIM118
+    read = []
+    for e in dict.fromkeys(name.partition(".")[0] for name in found):
+        fit, aside = ([h for name, h in found.items() if name.startswith(f"{e}.{kind}.")] for kind in ("fit", "aside"))
+        read.append(Read(fit, aside, (gradients[f"{e}.fit"], gradients[f"{e}.aside"]) if gradients else None))
+    return read
 
 
 def _part(parts: Path, name: str) -> Path:

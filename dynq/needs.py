@@ -150,7 +150,7 @@ class Shape:
         found = []
         for name, info in self.tensors.items():
             if info.quantizable and (name != "token_embd.weight" or tied):
-                count = info.shape[0] if len(info.shape) == 3 else 1
+                count = info.n_matrices
                 used = min(count, self.used) if "_exps" in name else count  # DeepSeek's k_b and v_b are stacks of heads
                 reads = name.replace("attn_k.", "attn_q.").replace("attn_v.", "attn_q.").replace("ffn_up", "ffn_gate")
                 found.append(Product(name, info.shape[-2], info.row, count, used, reads))
@@ -420,11 +420,11 @@ def export(
     encoded side by side where there is room), or for each thread a sequence forward and backward, or a second model
     (`stages`); tuning: 8.7 N + two files + 4 x the largest tensor + a chunk forward and backward, or several
     (`schedule.side_by_side`); 4 N (1 + `tune.COPIES`) in place of 8.7 N where codes move, for which there must be room.
-    On a card the model, and what tuning holds besides files and a tensor.
-    Disk: the file; in passing its parts, 2 N more where codes move. Operations: feedback reads the text (6 P T + 2 T x
-    (row^2 + rows^2)) and encodes, 8 x row a weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of
-    5 tries and D guards, 18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a
-    step of tuning, N MOVED where codes move.
+    On a card the model, and what tuning holds besides files and a tensor. Disk: the file; in passing its parts, 2 N
+    more where codes move. Operations: feedback reads the text (6 P T + 2 T x (row^2 + rows^2)) and encodes, 8 x row a
+    weight (twice where rows are coupled, and 2 x rows) and 4 row^3 for each of 5 tries and D guards (none of experts),
+    18 rows^3; tuning 8 P T a pass, the original's answers among them. Seconds: N COMPARED / 2 a step of tuning, N MOVED
+    where codes move.
     """
     streamed = shape.streamed(machine.free) or not shape.known
     fed_back, tune = level == "feedback" and not streamed, 0 if streamed else tune

@@ -124,7 +124,7 @@ class Slot:
         axis = len(shape) - (2 if flipped else 1)
         inputs = np.arange(shape[axis], dtype=np.int32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
         rows = self.gather(np.broadcast_to(inputs, shape))
-        first = np.array(rows.reshape(-1, rows.shape[-1])[0])
+        first = np.array(rows[(0,) * (rows.ndim - 1)])
         return first if len(first) == shape[axis] and len(np.unique(first)) == len(first) else None
 
     @property
