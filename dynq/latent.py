@@ -5,6 +5,13 @@ signs. A tensor's latent numbers lie between them, in units of the levels' dista
 the gradient by a decoded weight is taken as that by its number (straight-through, Bengio et al. 2013). A number that
 has moved far enough takes its weight to the next code. Scales are not touched here.
 
+A step follows Adam's direction u (Kingma and Ba 2015), the mean of the last gradients over the root of their mean
+square: 1 where they agree, about a quarter of that where they are noise. Here it is as long as u |u|, so a number goes
+where gradients agree and stays where they do not. A weight whose best value lies between two codes is drawn to the
+border from both sides and crosses it to and fro, for the gradient knows nothing of the border (Nagel et al. 2022,
+"Overcoming Oscillations in Quantization-Aware Training"). So one that has changed its code `TURNS` times, which mostly
+means there and back, keeps it from then on.
+
 At the start each number decodes to the code that the encoder chose, and lies as far toward what its weight would best
 be as that allows: codes that the encoder was in two minds about are the first to change.
 """
@@ -15,7 +22,10 @@ import torch
 from dynq import codec
 from dynq.kernels import scales, snap
 from dynq.kernels.grids import grid as lattice
+from dynq.schedule import BETAS
 
+TURNS = 2  # changes of a code after which it stays
+EPS = 1e-8  # Adam's
 EDGE = 0.98  # of the way to the border between two codes, at most, at the start
 ROWS = 1 << 16  # groups of eight weights looked up at a time
 
@@ -29,8 +39,9 @@ def movable(fmt: str) -> bool:
 class Latent:
     """The latent numbers of one tensor.
 
-    z float32 [rows, n], with its gradient; points float32 [rows, n]: what they decode to, in levels; step float32
-    [rows, groups]: a level's size in each group of weights, the multipliers of the half floats 1.
+    z float32 [rows, n]; points float32 [rows, n]: what they decode to, in levels; size float32 [rows, groups]: of a
+    level in each group of weights, the multipliers of the half floats 1; grad float32 [rows, n]: of the loss by z,
+    summed up by `take`; turns uint8 [rows, n]: how often each has changed its code.
     """
 
     def __init__(self, fmt: str, data: np.ndarray, weights: np.ndarray, device: torch.device | str):
@@ -49,7 +60,7 @@ class Latent:
             torch.from_numpy(np.ascontiguousarray((x * y).T)).to(device).view(rows, n // form.group, 1)
             for x, y in ((d, ls), (-dmin, lm))
         )
-        self.step = step.view(rows, -1)
+        self.size = step.view(rows, -1)
         safe = torch.where(step == 0, 1.0, step)  # of size 0 all codes are alike
 
         def numbers(values: np.ndarray) -> torch.Tensor:
@@ -65,7 +76,8 @@ class Latent:
         wrong = (self.points != held).view(rows, -1, 8).any(-1).repeat_interleave(8, 1)
         self.z = torch.where(wrong, held / self.distance, self.z)
         self.snap()
-        self.z.grad = torch.zeros_like(self.z)
+        self.grad, self.mean, self.square = (torch.zeros_like(self.z) for _ in range(3))
+        self.turns, self.taken = torch.zeros_like(self.z, dtype=torch.uint8), 0
 
     def _levels_of(self, values: torch.Tensor) -> torch.Tensor:
         """The levels nearest to values, float32."""
@@ -100,20 +112,34 @@ class Latent:
 
     @torch.no_grad()
     def take(self, gradient: torch.Tensor, m: torch.Tensor) -> None:
-        """Add to the gradient of `z` from that of the weights [rows, n], where d is multiplied by m [rows, blocks]."""
-        size = (self.step.view(*m.shape, -1) * m[..., None] * self.distance).view(*self.step.shape, 1)
-        self.z.grad.view(*self.step.shape, -1).addcmul_(gradient.reshape(*self.step.shape, -1), size)
+        """Add to `grad` from the gradient by the weights [rows, n], where d is multiplied by m [rows, blocks]."""
+        size = (self.size.view(*m.shape, -1) * m[..., None] * self.distance).view(*self.size.shape, 1)
+        self.grad.view(*self.size.shape, -1).addcmul_(gradient.reshape(*self.size.shape, -1), size)
+
+    @torch.no_grad()
+    def step(self, length: float) -> None:
+        """Take a step against `grad`, `length` of the distance of two codes where gradients agree, and decode."""
+        self.taken += 1
+        self.mean.lerp_(self.grad, 1 - BETAS[0])
+        self.square.mul_(BETAS[1]).addcmul_(self.grad, self.grad, value=1 - BETAS[1])
+        root = self.square.div(1 - BETAS[1] ** self.taken).sqrt_().add_(EPS)
+        u = self.mean.div(1 - BETAS[0] ** self.taken).div_(root)
+        self.z.addcmul_(u, u.abs(), value=-length)
+        self.moved()
 
     @torch.no_grad()
     def moved(self) -> None:
-        """After a step: keep the numbers within reach of the levels, and decode them."""
+        """Keep the numbers within reach of the levels, bring back those that turn to and fro, and decode."""
+        before = self.points
         self.z.clamp_(float(self.levels[0]) / self.distance - 0.5, float(self.levels[-1]) / self.distance + 0.5)
+        self.z = torch.where(self.turns < TURNS, self.z, before / self.distance)
         self.snap()
+        self.turns.add_(self.points != before).clamp_(max=TURNS)
 
     def weights(self, m: torch.Tensor) -> torch.Tensor:
         """Decoded, without offsets: float32 [rows, n], where d is multiplied by m [rows, blocks]."""
-        size = (self.step.view(*m.shape, -1) * m[..., None]).view(*self.step.shape, 1)
-        return (self.points.view(*self.step.shape, -1) * size).view(self.points.shape)
+        size = (self.size.view(*m.shape, -1) * m[..., None]).view(*self.size.shape, 1)
+        return (self.points.view(*self.size.shape, -1) * size).view(self.points.shape)
 
     def codes(self) -> torch.Tensor:
         """uint8 [rows, n], the numbers of `points` among the levels."""

@@ -7,6 +7,7 @@ steps, not more of them, for codes that move on and on lose again what they have
 import numpy as np
 
 BATCH = 4  # chunks a step, at least
+BETAS = (0.9, 0.99)  # of the mean of gradients and of their squares, each step (Adam)
 STEPS = 160  # of a tuning, at most
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large

@@ -45,7 +45,7 @@ from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
-from dynq.schedule import chunks_a_step, hints_weight, length, side_by_side
+from dynq.schedule import BETAS, chunks_a_step, hints_weight, length, side_by_side
 from dynq.teacher import Teacher
 from dynq.threads import power_of_two
 from dynq.torch_model import device_of, load_model, set_tensor
@@ -54,9 +54,8 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
-BETAS = (0.9, 0.99)
 COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
-CODES = 0.006  # of the distance of two codes: one step of a latent number
+CODES = 0.022  # of the distance of two codes: one step of a latent number whose gradients agree
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate
 HALVINGS = 2  # before the search ends
@@ -419,10 +418,8 @@ class _Search:
         return Tuned(out, (before, after), taken, sum(b.m.numel() for b in self.blocks), share, history)
 
     def adam(self) -> torch.optim.Adam:
-        """What takes the steps; `full` of a group: its full step."""
-        groups = [{"params": [b.m], "full": b.rate} for b in self.blocks]
-        groups += [{"params": [b.latent.z], "full": self.codes_rate} for b in self.blocks if b.latent is not None]
-        return torch.optim.Adam(groups, betas=BETAS)
+        """What takes the steps of multipliers; `full` of a group: its full step. Latent numbers take their own."""
+        return torch.optim.Adam([{"params": [b.m], "full": b.rate} for b in self.blocks], betas=BETAS)
 
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
@@ -434,7 +431,7 @@ class _Search:
         for b in self.blocks:
             b.m.clamp_(*LIMITS)
             if b.latent is not None:
-                b.latent.moved()
+                b.latent.step(scale * self.codes_rate)
         self.move([b.m for b in self.blocks])
         return loss
 
@@ -443,7 +440,7 @@ class _Search:
         for b in self.blocks:
             b.m.grad.zero_()
             if b.latent is not None:
-                b.latent.z.grad.zero_()
+                b.latent.grad.zero_()
         loss, n_ctx = 0.0, self.tokens.shape[1]
         each = 1 / (len(chunks) * (n_ctx - 1))
         at_once = side_by_side(n_ctx, self.checkpoint.tensors["token_embd.weight"].shape[0])
@@ -462,8 +459,8 @@ class _Search:
                 [logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope, None]
             )
         for b in self.blocks:
-            for moving in (b.m, *([] if b.latent is None else [b.latent.z])):
-                moving.grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
+            for grad in (b.m.grad, *([] if b.latent is None else [b.latent.grad])):
+                grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
         return loss
 
     def move(self, multipliers: list[torch.Tensor]) -> None:

@@ -56,9 +56,9 @@ def test_the_start_is_what_the_encoder_chose(name, weights):
 @pytest.mark.parametrize("name", MOVABLE)
 def test_numbers_start_on_the_side_of_the_original(name, weights):
     data, found = latent(name, weights)
-    toward = (weights - codec.dequantize(data, name)) / found.step.numpy().repeat(found.form.group, 1).clip(1e-20)
+    toward = (weights - codec.dequantize(data, name)) / found.size.numpy().repeat(found.form.group, 1).clip(1e-20)
     moved = found.z.numpy() * found.distance - found.points.numpy()
-    assert (moved * np.where(found.step.numpy().repeat(found.form.group, 1) > 0, toward, moved) >= -1e-3).all()
+    assert (moved * np.where(found.size.numpy().repeat(found.form.group, 1) > 0, toward, moved) >= -1e-3).all()
     assert (np.abs(moved) > 0.01 * found.distance).mean() > 0.5
 
 
@@ -113,4 +113,4 @@ def test_the_gradient_is_that_of_the_weight_by_its_number(name, weights):
     before = found.weights(m)
     found.points += found.distance
     slope = found.weights(m) - before
-    torch.testing.assert_close(found.z.grad, gradient * slope, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.grad, gradient * slope, rtol=1e-3, atol=1e-6)

@@ -173,8 +173,8 @@ def test_chunks_side_by_side_have_the_gradient_of_one_after_the_other(start, sea
     for room in (schedule.TOGETHER, 1):
         monkeypatch.setattr(schedule, "TOGETHER", room)
         value = search.gradient(np.array([0, 2, 1]))
-        moving = [b.m for b in search.blocks] + [b.latent.z for b in search.blocks if b.latent is not None]
-        found.append((value, [x.grad.clone() for x in moving]))
+        gradients = [b.m.grad for b in search.blocks] + [b.latent.grad for b in search.blocks if b.latent is not None]
+        found.append((value, [x.clone() for x in gradients]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
     for together, apart in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(together, apart, rtol=1e-2, atol=1e-4 * float(apart.abs().max()))
