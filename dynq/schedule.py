@@ -1,7 +1,7 @@
 """What a step of tuning (`dynq.tune`) reads, how far it goes, and how much hints weigh beside the KLD.
 
-Figures: LOG.md, "Tuning". What counts is how far codes go in all: about 160 full steps. A longer text fills larger
-steps, not more of them, for codes that move on and on lose again what they have gained.
+Figures: LOG.md, "Tuning". What counts is how far codes go in all. A longer text fills larger steps, `STEPS` at most,
+not more of them: codes that move on and on, without having seen each other's move, lose again what they have gained.
 """
 
 import numpy as np

@@ -54,7 +54,7 @@ Tensors = dict[str, tuple[str, np.ndarray]]
 Aims = Callable[[str], np.ndarray | None]
 
 RATE = 0.005  # of a tensor's relative error: one step of a multiplier
-COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, the best state
+COPIES = 7  # in float32: the tuned model, latent numbers and their points, gradient, two of Adam's, codes and turns
 CODES = 0.022  # of the distance of two codes: one step of a latent number whose gradients agree
 LIMITS = (0.5, 2.0)  # of a multiplier
 LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves the rate

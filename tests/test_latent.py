@@ -114,3 +114,52 @@ def test_the_gradient_is_that_of_the_weight_by_its_number(name, weights):
     found.points += found.distance
     slope = found.weights(m) - before
     torch.testing.assert_close(found.grad, gradient * slope, rtol=1e-3, atol=1e-6)
+
+
+def step_twin(z, gradients, length):
+    """Adam's direction u in float64, and steps of length u |u|: where z [n] is after gradients [steps, n]."""
+    mean, square = np.zeros(z.shape), np.zeros(z.shape)
+    for t, g in enumerate(gradients, 1):
+        mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g**2
+        u = mean / (1 - 0.9**t) / (np.sqrt(square / (1 - 0.99**t)) + 1e-8)
+        z = z - length * u * np.abs(u)
+    return z
+
+
+def test_steps_are_long_where_gradients_agree(weights):
+    _, found = latent("Q4_K", weights)
+    rng, size = np.random.default_rng(5), (20, ROWS, N)
+    agree = rng.normal(size=(ROWS, N)).astype(np.float32) * np.ones(size, np.float32)
+    noise = rng.normal(size=size).astype(np.float32)
+    for gradients, low, high in ((agree, 0.99, 1.01), (noise, 0.0, 0.25)):
+        found.z = torch.full((ROWS, N), 7.25)  # far from the range's ends and from the borders
+        for part in (found.mean, found.square, found.turns):
+            part.zero_()
+        found.taken = 0
+        start = found.z.numpy().copy()
+        for g in gradients:
+            found.grad.copy_(torch.from_numpy(g))
+            found.step(0.01)
+        np.testing.assert_allclose(found.z.numpy(), step_twin(start.astype(np.float64), gradients, 0.01), atol=1e-5)
+        moved = np.abs(found.z.numpy() - start).mean() / (20 * 0.01)
+        assert low <= moved <= high
+
+
+@pytest.mark.parametrize("name", MOVABLE)
+def test_a_code_that_turned_to_and_fro_stays(name, weights):
+    _, found = latent(name, weights)
+    away = torch.from_numpy(np.random.default_rng(6).choice([-1.5, 1.5], (ROWS, N)).astype(np.float32))
+    start = found.points
+    found.z += away
+    found.moved()
+    once = found.points != start
+    assert 0.2 < once.float().mean() < 1 and torch.equal(found.turns, once.to(torch.uint8))
+    found.z = start / found.distance  # all go back
+    found.moved()
+    assert torch.equal(found.points, start) and torch.equal(found.turns, 2 * once.to(torch.uint8))
+    found.z += away
+    found.moved()
+    own = found.form.book is None  # of an entry the others can take one with them
+    stayed = (found.points == start)[once].float().mean()
+    assert stayed == 1 if own else stayed > 0.5
+    assert found.turns.max() == 2
