@@ -344,7 +344,7 @@ def _kernel_manager(folder: RunFolder) -> type:
     environment = {
         "DYNQ_DISPLAY": "static",
         "COLUMNS": str(shutil.get_terminal_size((100, 24)).columns),
-        # threads that wait by spinning slow a busy machine down many times over, and gain little on an idle one
+        # threads that wait by spinning slow a busy machine down many times over; GNU's heed GOMP_SPINCOUNT (`dynq`)
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # tqdm.auto, which transformers imports, misses ipywidgets aloud; dynq's own bars need none
         "PYTHONWARNINGS": ",".join(filter(None, ["ignore:IProgress not found", os.environ.get("PYTHONWARNINGS")])),

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 import dynq
 from dynq import codec
@@ -171,7 +171,7 @@ def paired(before: np.ndarray, after: np.ndarray) -> float:
 
 def significant(t: float, chunks: int) -> bool:
     """Whether t over so many chunks says "lower", with an error of LEVEL."""
-    return bool(t < stats.t.ppf(LEVEL, chunks - 1))
+    return bool(t < stdtrit(chunks - 1, LEVEL))  # Student's t
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""The wheel: built, installed elsewhere, and the main job run from it."""
+"""What importing dynq does, and the wheel: built, installed elsewhere, and the main job run from it."""
 
+import os
 import site
 import subprocess
 import sys
@@ -10,6 +11,16 @@ import pytest
 from conftest import ARGUMENTS, same_products
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_has_said_how(given, spins):
+    said = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import os, dynq; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert subprocess.check_output([sys.executable, "-c", code], env=said | given, text=True).strip() == spins
 
 
 @pytest.fixture(scope="module")
