@@ -41,7 +41,8 @@ class Latent:
 
     z float32 [rows, n]; points float32 [rows, n]: what they decode to, in levels; size float32 [rows, groups]: of a
     level in each group of weights, the multipliers of the half floats 1; grad float32 [rows, n]: of the loss by z,
-    summed up by `take`; turns uint8 [rows, n]: how often each has changed its code.
+    summed up by `take`; mean, square float32 [rows, n]: Adam's, of grad over the steps; taken: how many steps; turns
+    uint8 [rows, n]: how often each has changed its code.
     """
 
     def __init__(self, fmt: str, data: np.ndarray, weights: np.ndarray, device: torch.device | str):
