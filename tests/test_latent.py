@@ -127,15 +127,12 @@ def step_twin(z, gradients, length):
 
 
 def test_steps_are_long_where_gradients_agree(weights):
-    _, found = latent("Q4_K", weights)
     rng, size = np.random.default_rng(5), (20, ROWS, N)
     agree = rng.normal(size=(ROWS, N)).astype(np.float32) * np.ones(size, np.float32)
     noise = rng.normal(size=size).astype(np.float32)
     for gradients, low, high in ((agree, 0.99, 1.01), (noise, 0.0, 0.25)):
+        _, found = latent("Q4_K", weights)
         found.z = torch.full((ROWS, N), 7.25)  # far from the range's ends and from the borders
-        for part in (found.mean, found.square, found.turns):
-            part.zero_()
-        found.taken = 0
         start = found.z.numpy().copy()
         for g in gradients:
             found.grad.copy_(torch.from_numpy(g))
