@@ -5,6 +5,7 @@ model's own products on a processor. Here the new ones are written behind the ol
 then.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from transformers.cache_utils import DynamicLayer
 
 LEAST = 64  # tokens of room that are made at a time, or
 SHARE = 4  # one for each so many
+ROWS = 32, 128  # conversations that are sampled together, at least and at most: more of them share what a step costs
+BATCHES = 8  # of them at once, a thread for each
+BYTES = 1 << 30  # of their keys and values, in float32; beyond the least as many as that takes
+
+
+def width(config: Mapping[str, Any]) -> int:
+    """Keys and values of a token in a layer, numbers; config: transformers'."""
+    heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
+    return 2 * heads * int(config.get("head_dim") or 64)
+
+
+def rows(values: int, tokens: int) -> int:
+    """How many conversations of so many tokens, each of so many numbers in all layers, are sampled together.
+
+    What is sampled depends on it, so it depends on the model alone.
+    """
+    return max(ROWS[0], min(ROWS[1], BYTES // max(4 * tokens * values, 1)))
 
 
 def with_room(cache: Any) -> Any:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynq import feedback, formats, memory
+from dynq import feedback, formats, kv_cache, memory
 from dynq.calibrate import ON_CARD
 from dynq.layer_inputs import BUDGET, WIDE
 from dynq.machine import CORE, F32, Machine
@@ -72,7 +72,7 @@ ENCODE = {  # for each weight, `plain` and `search`: 128 x 4096 weights with imp
 }
 MIXED = {"plain": 30e-9, "search": 80e-9, "feedback": 80e-9}  # the same of a recipe or mix whose formats are not known
 
-SAMPLED_AT_ONCE = 64  # conversations, `dynq.text`
+THREADS = 2  # batches of conversations that are sampled at once, `dynq.text`
 PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
 TRIED = 5  # shrinkages of feedback's seven
 BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
@@ -141,8 +141,7 @@ class Shape:
     ) -> Shape:
         """config: transformers'."""
         used = int(config.get("num_experts_per_tok") or config.get("top_k_experts") or 1)
-        heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 0)
-        return cls(tensors, used, 2 * heads * int(config.get("head_dim") or 64), stored, known)
+        return cls(tensors, used, kv_cache.width(config), stored, known)
 
     @cached_property
     def products(self) -> list[Product]:
@@ -263,23 +262,27 @@ def sampled(
     n_ctx: int,
     machine: Machine,
     *,
-    at_once: int = SAMPLED_AT_ONCE,
+    at_once: int = 0,
     weight: int = F32,
 ) -> Need:
     """Text that the model writes.
 
-    weight: bytes of one. Memory: the model + keys and values of all conversations, twice; a card has all of them at
-    once, 2 G / n_ctx. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches 3 + 2 G / (n_ctx
+    at_once: conversations, by default two batches of `dynq.kv_cache.rows`; weight: bytes of one. Memory: the model, for
+    a text a copy in bfloat16, keys and values of all conversations, twice; a card has all of them at once, 2 G / n_ctx,
+    or `BATCHES` full ones. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches 3 + 2 G / (n_ctx
     conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P / LOADED) + G x n_ctx / 2 x CACHED x keys
     and values; 4 P operations a token: half of them for padding.
     """
-    made = PROMPTS * tokens
+    rows = kv_cache.rows(shape.kv * shape.layers, n_ctx)
+    copies = F32 if at_once else F32 + 2
+    made, at_once = PROMPTS * tokens, at_once or THREADS * rows
     steps = (3 + 2 * made / (at_once * n_ctx)) * n_ctx / 2
     cache = F32 * shape.kv * shape.layers * n_ctx / 2
-    card = weight * (shape.n + max(at_once, 2 * made / n_ctx) * 2 * shape.kv * shape.layers * n_ctx)
+    together = max(at_once, min(2 * made / n_ctx, kv_cache.BATCHES * rows))
+    card = weight * (shape.n + together * 2 * shape.kv * shape.layers * n_ctx)
     return Need(
         step,
-        **machine.holds(F32 * shape.n + 4 * at_once * cache, card, shape.on_its_way),
+        **machine.holds(copies * shape.n + 4 * at_once * cache, card, shape.on_its_way),
         read=shape.stored,
         flops=4 * shape.active * made,
         spent=steps * F32 * shape.active / LOADED + made * cache * CACHED,

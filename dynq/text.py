@@ -24,8 +24,6 @@ from dynq.threads import each, one_thread_each
 
 Messages = list[dict[str, str]]
 
-_BATCH = 32  # conversations that a thread samples at once, at most; what is sampled depends on it
-_AT_ONCE = 256  # in all threads: bounds the memory of the key-value caches
 _FAMILIES = {
     "code": ("code-python", "code-other", "sql", "devops", "data"),
     "knowledge": ("maths", "physics", "science", "finance", "history", "health", "philosophy", "language"),
@@ -183,7 +181,7 @@ def sample_chats(
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     # an even number, of one size: two threads end together; a card takes all at once
-    parts = 2 * -(-len(order) // (2 * _BATCH)) if model.device.type == "cpu" else 1
+    parts = 2 * -(-len(order) // (2 * _rows(model, max_tokens))) if model.device.type == "cpu" else 1
     batches = [part.tolist() for part in np.array_split(order, parts) if len(part)]
     seeds = torch.randint(1 << 62, (len(batches),), generator=generator).tolist()
     chats: list[list[int]] = [[] for _ in encoded]
@@ -199,12 +197,24 @@ def sample_chats(
     return chats
 
 
+def _rows(model: Any, n_ctx: int) -> int:
+    """Conversations of a batch."""
+    from dynq import kv_cache  # imports torch
+
+    config = model.config.get_text_config()
+    return kv_cache.rows(config.num_hidden_layers * kv_cache.width(config.to_dict()), n_ctx)
+
+
 def _sampled_chunks(
     model: Any, tokenizer: Any, split: str, n_ctx: int, n_chunks: int, seed: int
 ) -> tuple[list[list[int]], list[str], str]:
     """Chunks packed from sampled chats and documents, the domain of each, and what was sampled."""
     import torch
 
+    from dynq import kv_cache
+    from dynq.devices import rounded
+
+    writer, at_once = rounded(model), kv_cache.BATCHES * _rows(model, n_ctx)
     generator = torch.Generator().manual_seed(seed)
     entries = _entries(split)
     prompts = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
@@ -212,25 +222,30 @@ def _sampled_chunks(
     n_documents = 0 if split == "evaluate" or start is None else n_chunks // 2
     bar = progress(total=n_chunks * n_ctx, desc="sample text", unit="tok")
 
-    def packed(encoded: list[list[int]], families: list[str], n_chunks: int) -> tuple[list[tuple[str, list[int]]], int]:
-        """(family, chunk) of as many chunks, and how many samples that took."""
+    def packed(
+        encoded: list[list[int]], families: list[str], n_chunks: int, answer: float, cut: float
+    ) -> tuple[list[tuple[str, list[int]]], int]:
+        """(family, chunk) of as many chunks, and how many samples that took.
+
+        answer: tokens of one, about; cut: for each token of a chunk, those of samples that its end cuts off.
+        """
         chunks: list[tuple[str, list[int]]] = []
         filling: dict[str, list[int]] = {family: [] for family in families}
         used, answered = 0, 0
         order: list[int] = []
         while len(chunks) < n_chunks:
-            # the ends of chunks cut samples, and at the end some families' chunks are not full
-            missing = 1.1 * ((n_chunks - len(chunks)) * n_ctx - sum(map(len, filling.values())) / 2)
+            # at the end some families' chunks are not full
+            missing = (1 + cut) * ((n_chunks - len(chunks)) * n_ctx - sum(map(len, filling.values())) / 2)
             missing = max(missing, n_ctx / 2)
-            answer = answered / used if used else n_ctx / 4
+            answer = answered / used if used else answer
             members: list[int] = []
-            while missing > 0 and len(members) < _AT_ONCE:
+            while missing > 0 and len(members) < at_once:
                 if not order:  # every prompt once before any comes again
                     order = torch.randperm(len(encoded), generator=generator).tolist()
                 members.append(order.pop())
                 missing -= len(encoded[members[-1]]) + answer
             batch = [encoded[at] for at in members]
-            samples = sample_chats(model, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
+            samples = sample_chats(writer, tokenizer, batch, max_tokens=n_ctx, generator=generator, bar=bar)
             for at, sample in zip(members, samples, strict=True):
                 used, answered = used + 1, answered + len(sample) - len(encoded[at])
                 family = families[at]
@@ -241,8 +256,8 @@ def _sampled_chunks(
         return chunks[:n_chunks], used
 
     try:
-        chats, asked = packed(prompts, [_family(entry) for entry in entries], n_chunks - n_documents)
-        documents, begun = packed([[start or 0]], ["documents"], n_documents)
+        chats, asked = packed(prompts, [_family(entry) for entry in entries], n_chunks - n_documents, n_ctx / 4, 0.25)
+        documents, begun = packed([[start or 0]], ["documents"], n_documents, n_ctx / 2, 0.1)
         bar.update(bar.total - bar.n)
     finally:
         bar.close()
@@ -292,13 +307,15 @@ def answer_batch(
     open_rows = set(rows)
     cache, first = None, True
     device = model.device
+    last = torch.tensor([-1], device=device)
     with torch.inference_mode():
         while True:
             inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "past_key_values": cache}
             if "position_ids" in accepted:
                 inputs["position_ids"] = positions.to(device)
             if "logits_to_keep" in accepted:
-                inputs["logits_to_keep"] = 1
+                # an index, for the slice that a number gives is no matrix in memory, and copies the head for each row
+                inputs["logits_to_keep"] = last
             output = model(**inputs, use_cache=True)
             cache = kv_cache.with_room(output.past_key_values) if first else output.past_key_values
             logits = output.logits[:, -1].float()

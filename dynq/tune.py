@@ -35,6 +35,7 @@ import torch
 
 from dynq import codec, formats, latent
 from dynq.checkpoint import Checkpoint
+from dynq.devices import CPU, has_bfloat16
 from dynq.encoding import Stream
 from dynq.errors import DynqError
 from dynq.evaluate import kld
@@ -61,6 +62,7 @@ LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves 
 HALVINGS = 2  # before the search ends
 JUDGES = 2  # chunks of a domain: they only choose among a few states, on the same tokens
 LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
+CACHED = 1 << 18  # numbers of logits that a processor takes at once: they stay in its cache
 ROUGH = 0.02  # the same, from which on products may be rounded: beside it an error of 2^-9 is small
 
 
@@ -424,7 +426,7 @@ class _Search:
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
         with _rounded_products() if self.rough else nullcontext():
-            loss = self.gradient(chunks)
+            loss = self.gradient(chunks, self.rough)
         for group in adam.param_groups:
             group["lr"] = scale * group["full"]
         adam.step()
@@ -435,8 +437,11 @@ class _Search:
         self.move([b.m for b in self.blocks])
         return loss
 
-    def gradient(self, chunks: np.ndarray) -> float:
-        """The mean KLD of chunks at all positions; the gradient of the loss by the multipliers in their `grad`."""
+    def gradient(self, chunks: np.ndarray, rough: bool = False) -> float:
+        """The mean KLD of chunks at all positions; the gradient of the loss by the multipliers in their `grad`.
+
+        rough: see `_answer`.
+        """
         for b in self.blocks:
             b.m.grad.zero_()
             if b.latent is not None:
@@ -447,16 +452,14 @@ class _Search:
         for start in range(0, len(chunks), at_once):
             part = chunks[start : start + at_once]
             ids = torch.from_numpy(self.tokens[part].astype(np.int64)).to(self.model.device)
-            logits, given = _answer(self.model, ids)
+            logits, given = _answer(self.model, ids, rough)
             with torch.no_grad():
-                wanted, originals = _answer(self.teacher, ids)
-                log_p, log_q = kld.log_softmax(wanted.to(logits.device)), kld.log_softmax(logits)
-                p = log_p.exp()
-                loss += float((p * (log_p - log_q)).sum()) * each
-                slope = log_q.exp_().sub_(p).mul_(each)  # of the KLD by the logits
+                wanted, originals = _answer(self.teacher, ids, rough)
+                apart, slope = _divergence(wanted.to(logits.device), logits)
+            loss += apart * each
             hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
             torch.autograd.backward(
-                [logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope, None]
+                [logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope.mul_(each), None]
             )
         for b in self.blocks:
             for grad in (b.m.grad, *([] if b.latent is None else [b.latent.grad])):
@@ -468,10 +471,14 @@ class _Search:
             b.move(m)
 
 
-def _answer(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def _answer(model: Any, ids: torch.Tensor, rough: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Logits [chunks, n_ctx - 1, vocab]; what each layer gives to the next, [chunks, n_ctx, width], the last normed,
-    and of a mixture what each router gives, [chunks, n_ctx, experts]."""
-    answer = model(input_ids=ids, use_cache=False, output_hidden_states=True, output_router_logits=True)
+    and of a mixture what each router gives, [chunks, n_ctx, experts].
+
+    rough: on a processor that has bfloat16, attention and activations between products are rounded as well.
+    """
+    with torch.autocast(CPU, torch.bfloat16, enabled=rough and ids.device.type == CPU and has_bfloat16()):
+        answer = model(input_ids=ids, use_cache=False, output_hidden_states=True, output_router_logits=True)
     routed = (logits.reshape(*ids.shape, -1) for logits in getattr(answer, "router_logits", None) or ())
     return answer.logits[:, :-1].float(), (*answer.hidden_states[1:], *routed)
 
@@ -485,6 +492,18 @@ def _rounded_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _divergence(wanted: torch.Tensor, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The sum of KL divergences over all positions, and its slope by the logits, q - p: float32 [..., vocab]."""
+    rows = logits.shape[:-1].numel() if logits.is_cuda else max(1, CACHED // logits.shape[-1])
+    slope, total = torch.empty_like(logits), 0.0
+    for x, y, out in zip(*(t.flatten(0, -2).split(rows) for t in (wanted, logits, slope)), strict=True):
+        log_p, log_q = kld.log_softmax(x), kld.log_softmax(y)
+        p = log_p.exp()
+        torch.sub(log_q.exp(), p, out=out)
+        total += float(log_p.sub_(log_q).mul_(p).sum())
+    return total, slope
 
 
 def _apart(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:

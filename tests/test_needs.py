@@ -193,6 +193,13 @@ def test_sampling_on_a_card_by_hand() -> None:
     assert needs.sampled(shape(), "text", 60, 20, LARGE, at_once=2).memory == 4 * N + 4 * 2 * 4 * 64 * 2 * 10
 
 
+def test_text_by_hand() -> None:
+    """Two batches of 128 conversations, and a copy in bfloat16; a card has eight of them at most."""
+    assert needs.sampled(shape(), "text", 60, 20, LARGE).memory == (4 + 2) * N + 4 * 256 * 4 * 64 * 2 * 10
+    long = needs.sampled(shape(), "text", 20 * 1000, 20, CARD, weight=2)
+    assert long.card == 2 * (N + 8 * 128 * 2 * 64 * 2 * 20)
+
+
 def test_sensitivity_on_a_card_by_hand() -> None:
     """Tensors are encoded on the processor, errors and samples lie on the card; so does a model that is swapped."""
     own = 12 * 8192 + 12 * 5 * 192

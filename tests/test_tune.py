@@ -144,6 +144,31 @@ def test_the_bytes_hold_the_weights_that_are_measured(start, search):
         torch.testing.assert_close(b.parameter.detach(), parameter, rtol=1e-5, atol=1e-6, msg=b.name)
 
 
+@pytest.mark.parametrize("cached", [1, 700, 1 << 18])
+def test_divergence_row_by_row(cached, monkeypatch):
+    """However many rows are taken at once, it is torch's own divergence in float64 and its gradient."""
+    monkeypatch.setattr(tune, "CACHED", cached)
+    wanted, logits = 3 * torch.randn(2, 2, 5, 300, generator=torch.Generator().manual_seed(0))
+    exact = logits.double().requires_grad_()
+    p, q = torch.log_softmax(wanted.double(), -1), torch.log_softmax(exact, -1)
+    expected = (p.exp() * (p - q)).sum()
+    expected.backward()
+    found, slope = tune._divergence(wanted, logits)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(slope.double(), exact.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_rounded_answers_point_the_same_way(start, search, monkeypatch):
+    """Steps of rough models: the gradient through activations in bfloat16 is that of float32 but for its noise."""
+    monkeypatch.setattr(tune, "has_bfloat16", lambda: True)
+    found = []
+    for rough in (False, True):
+        search.gradient(np.array([0]), rough)
+        found.append(torch.cat([b.m.grad.flatten() for b in search.blocks]))
+    assert not torch.equal(*found)
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.99
+
+
 def test_gradient_of_the_multipliers_against_differences(start, search):
     rng, eps = np.random.default_rng(3), 4e-3
     search.gradient(np.array([0]))

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from dynq import layerwise
 from dynq.checkpoint import Checkpoint
 from dynq.cluster import held, runs, tasks
+from dynq.devices import has_bfloat16
 from dynq.evaluate import kld
 from dynq.torch_model import load_model
 
@@ -97,12 +98,6 @@ def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         own = query[..., start:end, :], key[..., :end, :], value[..., :end, :]
         parts.append(functional.scaled_dot_product_attention(*own, **settings | {"attn_mask": seen}))
     return torch.cat(parts, -2)
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where torch emulates it, it is no faster than float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.mkldnn.is_available() and bool(native)
 
 
 class _Here:
