@@ -16,6 +16,7 @@ from dynq.folder import RunFolder, file_safe
 from dynq.machine import F32, Machine
 from dynq.needs import Need, Shape
 from dynq.recipe import Recipe
+from dynq.schedule import passes_over
 from dynq.tables import text_table
 from dynq.text import text_files
 
@@ -253,7 +254,7 @@ class _Run:
         level = own["encoding"] if known else own["encoding"].replace("feedback", "search")
         domains = len(text_files(first["text"])) or FAMILIES
         text = _measured(first), first["n_chunks"], first["n_ctx"], domains
-        size, passes = self._bytes(own["target"]), own["tune"] if known else 0
+        size, passes = self._bytes(own["target"]), passes_over(first["n_chunks"], own["tune"]) if known else 0
         made = needs.export(self.shape, step, size, level, passes, *text, self.machine, codes=own["tune_codes"])
         found = [made]
         if own["chat"] and known and not self.shape.streamed(self.machine.free):

@@ -34,7 +34,7 @@ QUICK |= {"eval_n_ctx": 256, "read": False}
 _FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
 _LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_measured": 1, "top_up": 0}
-_LEAST |= {"n_swaps": 0, "swap_chunks": 1, "n_tokens": 1, "tune": 0, "eval_n_ctx": 8, "eval_chunks": 1}
+_LEAST |= {"n_swaps": 0, "swap_chunks": 1, "n_tokens": 1, "tune": -1, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
 

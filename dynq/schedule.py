@@ -9,11 +9,17 @@ import numpy as np
 BATCH = 4  # chunks a step, at least
 BETAS = (0.9, 0.99)  # of the mean of gradients and of their squares, each step (Adam)
 STEPS = 160  # of a tuning, at most
+PASSES = 4  # over a text that is shorter than these, at most
 LAST = 0.05  # of a full step: the last one; their lengths fall like a cosine
 WARMUP = 5  # steps of growing length: Adam's first ones are as long for small gradients as for large
 TOGETHER = 1 << 26  # bytes of logits: chunks of a step are read side by side up to here
 HINTS = 100.0  # in the loss beside the KLD: of the layers' mean relative squared error
 SCARCE = 160 * 512  # tokens, up to which that holds; more of them say more by their KLD
+
+
+def passes_over(chunks: int, asked: int) -> int:
+    """How often a text of so many chunks is read: as asked, or of -1 as often as `STEPS` of `BATCH` take."""
+    return asked if asked >= 0 else max(1, min(PASSES, round(STEPS * BATCH / max(chunks, 1))))
 
 
 def chunks_a_step(chunks: int, passes: int) -> int:

@@ -46,7 +46,7 @@ from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
 from dynq.memory import fits
 from dynq.progress import progress
-from dynq.schedule import BETAS, chunks_a_step, hints_weight, length, side_by_side
+from dynq.schedule import BETAS, chunks_a_step, hints_weight, length, passes_over, side_by_side
 from dynq.teacher import Teacher
 from dynq.threads import power_of_two
 from dynq.torch_model import device_of, load_model, set_tensor
@@ -144,6 +144,7 @@ def tuned(
     tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them, `JUDGES` of a domain at most, judge,
     and without any nothing is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
     codes: whether codes move too, where `moves` says so; aims: see `tune`.
+    passes: -1 for as many as the text is long for (`schedule.passes_over`).
     report: a JSON file that gets kld (before, after), steps, tuned, codes and history, see `Tuned`, or reason.
     """
     if reader(teacher):
@@ -155,6 +156,7 @@ def tuned(
     told: dict[str, Any]
     if aside.any() and not aside.all():
         fit, judges, rate = tokens[~aside], tokens[aside], CODES if moves(checkpoint, teacher, codes) else 0.0
+        passes = passes_over(len(fit), passes)
         found = tune(checkpoint, teacher, tensors, fit, judges, passes=passes, codes=rate, aims=aims)
         tensors = found.tensors
         told = {

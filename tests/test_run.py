@@ -278,7 +278,7 @@ def test_plan_as_the_folder_was_made(tmp_path):
     tasks = runner.plan("dynq-tiny", ["3bpw", "4bpw"], folder, as_made=True)
     made = {task.step: task.parameters for task in tasks}
     assert made["calibrate"]["n_ctx"] == 64 and made["calibrate"]["n_chunks"] == 640
-    assert (made["export.3bpw"]["tune"], made["export.4bpw"]["tune"]) == (0, 1)
+    assert (made["export.3bpw"]["tune"], made["export.4bpw"]["tune"]) == (0, -1)
     assert (made["calibrate"]["seed"], made["evaluate"]["seed"]) == (0, 7)
     assert made["export.3bpw"]["target"] == "3bpw" and made["evaluate"]["targets"] == ["3bpw", "4bpw"]
     with pytest.raises(DynqError, match="n_ctx=64, now it is 128"):

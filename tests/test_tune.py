@@ -349,6 +349,13 @@ def test_a_long_text_fills_larger_steps_not_more_of_them(chunks, passes, each):
     assert schedule.chunks_a_step(chunks, passes) == each
 
 
+@pytest.mark.parametrize("chunks, passes", [(630, 1), (1272, 1), (312, 2), (152, 4), (3, 4), (0, 4)])
+def test_a_short_text_is_read_again(chunks, passes):
+    """As often as 160 steps of four chunks take, four times at most; or as asked."""
+    assert schedule.passes_over(chunks, -1) == passes
+    assert schedule.passes_over(chunks, 0) == 0 and schedule.passes_over(chunks, 3) == 3
+
+
 def test_a_long_text_says_more_by_its_kld():
     assert schedule.hints_weight(156 * 512) == schedule.HINTS
     assert schedule.hints_weight(4 * 160 * 512) == schedule.HINTS / 2
