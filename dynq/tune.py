@@ -1,19 +1,12 @@
 """Distillation of an encoded model by the gradient of the KLD: scales of blocks, norms and biases, and codes.
 
-Encoders make the error of weights or of a layer's outputs small; this makes that of the model small. Integer scales
-stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a and b of
-d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw) v``.
-Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent). Adam
-(Kingma and Ba 2015) takes the steps; the result is rounded to half floats. Scales as the parameters of distillation:
-PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between codes too.
-
-The loss has two parts. The KL divergence of the original's next-token distribution at every position is what counts,
-but a chunk says little about a weight by it. What each layer gives to the next says far more: a number for each of its
-features at every position, hints in the sense of FitNets (Romero et al. 2015). Their squared errors, relative to the
-original's square at that position and averaged over layers and positions, are added with a weight, `hints_weight`. (At
-a position, not over all: some have features that are larger by orders of magnitude, the first above all.) So are those
-of what the routers of a mixture give, as if these were further layers: a token that goes to another expert is no small
-change, and no gradient tells of it.
+Encoders make the error of weights or of a layer's outputs small; this makes that of the model small (`dynq.loss`).
+Integer scales stay. A block's weights are linear in its half floats, ``w = d u - dmin v``, so that with multipliers a
+and b of d and dmin, 1 at the start, ``w = a u + b v`` and the gradient is ``sum_block (dL/dw) u``, ``sum_block (dL/dw)
+v``. Norms and biases, F32 in the file, have a multiplier for each value. Codes follow latent numbers (dynq.latent).
+Adam (Kingma and Ba 2015) takes the steps; the result is rounded to half floats. Scales as the parameters of
+distillation: PV-Tuning (Malinovskii et al. 2024), EfficientQAT (Chen et al. 2024); the latter moves weights between
+codes too.
 
 How far to step is not known beforehand: at 2 bits a step may be five times as long as at 4. For multipliers it is a
 fraction of the tensor's relative error, for latent numbers one of the distance of codes. Steps grow shorter like a
@@ -24,8 +17,7 @@ be written. The best state is returned, and the bytes as they came where that ga
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +27,6 @@ import torch
 
 from dynq import codec, formats, latent
 from dynq.checkpoint import Checkpoint
-from dynq.devices import CPU, has_bfloat16
 from dynq.encoding import Stream
 from dynq.errors import DynqError
 from dynq.evaluate import kld
@@ -44,6 +35,7 @@ from dynq.kernels import halves, scales
 from dynq.latent import Latent, movable
 from dynq.layer_inputs import kept_aside
 from dynq.layerwise import reader
+from dynq.loss import backward
 from dynq.memory import fits
 from dynq.progress import progress
 from dynq.schedule import BETAS, chunks_a_step, hints_weight, length, passes_over, side_by_side
@@ -62,7 +54,6 @@ LEAST = 0.001  # of the KLD on chunks kept aside: a pass that gains less halves 
 HALVINGS = 2  # before the search ends
 JUDGES = 2  # chunks of a domain: they only choose among a few states, on the same tokens
 LOSSLESS = 1e-3  # relative error of all tensors up to which nothing is tuned: 16 bits
-CACHED = 1 << 18  # numbers of logits that a processor takes at once: they stay in its cache
 ROUGH = 0.02  # the same, from which on products may be rounded: beside it an error of 2^-9 is small
 
 
@@ -427,8 +418,7 @@ class _Search:
 
     def _step(self, adam: torch.optim.Adam, chunks: np.ndarray, scale: float) -> float:
         """One step, `scale` of each tensor's rate; the mean KLD of its chunks, before it."""
-        with _rounded_products() if self.rough else nullcontext():
-            loss = self.gradient(chunks, self.rough)
+        found = self.gradient(chunks, self.rough)
         for group in adam.param_groups:
             group["lr"] = scale * group["full"]
         adam.step()
@@ -437,78 +427,28 @@ class _Search:
             if b.latent is not None:
                 b.latent.step(scale * self.codes_rate)
         self.move([b.m for b in self.blocks])
-        return loss
+        return found
 
     def gradient(self, chunks: np.ndarray, rough: bool = False) -> float:
         """The mean KLD of chunks at all positions; the gradient of the loss by the multipliers in their `grad`.
 
-        rough: see `_answer`.
+        rough: see `dynq.loss.backward`.
         """
         for b in self.blocks:
             b.m.grad.zero_()
             if b.latent is not None:
                 b.latent.grad.zero_()
-        loss, n_ctx = 0.0, self.tokens.shape[1]
-        each = 1 / (len(chunks) * (n_ctx - 1))
-        at_once = side_by_side(n_ctx, self.checkpoint.tensors["token_embd.weight"].shape[0])
+        found = 0.0
+        at_once = side_by_side(self.tokens.shape[1], self.checkpoint.tensors["token_embd.weight"].shape[0])
         for start in range(0, len(chunks), at_once):
             part = chunks[start : start + at_once]
-            ids = torch.from_numpy(self.tokens[part].astype(np.int64)).to(self.model.device)
-            logits, given = _answer(self.model, ids, rough)
-            with torch.no_grad():
-                wanted, originals = _answer(self.teacher, ids, rough)
-                apart, slope = _divergence(wanted.to(logits.device), logits)
-            loss += apart * each
-            hints = sum(_apart(x, y.to(x.device)).to(logits.device) for x, y in zip(given, originals, strict=True))
-            torch.autograd.backward(
-                [logits, hints * (self.hints / len(given) * (len(part) / len(chunks)))], [slope.mul_(each), None]
-            )
+            ids, share = torch.from_numpy(self.tokens[part].astype(np.int64)), len(part) / len(chunks)
+            found += share * backward(self.model, self.teacher, ids, share, self.hints, rough)
         for b in self.blocks:
             for grad in (b.m.grad, *([] if b.latent is None else [b.latent.grad])):
                 grad.nan_to_num_(0.0, 0.0, 0.0)  # multipliers that overflow are undone, not kept as NaN
-        return loss
+        return found
 
     def move(self, multipliers: list[torch.Tensor]) -> None:
         for b, m in zip(self.blocks, multipliers, strict=True):
             b.move(m)
-
-
-def _answer(model: Any, ids: torch.Tensor, rough: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits [chunks, n_ctx - 1, vocab]; what each layer gives to the next, [chunks, n_ctx, width], the last normed,
-    and of a mixture what each router gives, [chunks, n_ctx, experts].
-
-    rough: on a processor that has bfloat16, attention and activations between products are rounded as well.
-    """
-    with torch.autocast(CPU, torch.bfloat16, enabled=rough and ids.device.type == CPU and has_bfloat16()):
-        answer = model(input_ids=ids, use_cache=False, output_hidden_states=True, output_router_logits=True)
-    routed = (logits.reshape(*ids.shape, -1) for logits in getattr(answer, "router_logits", None) or ())
-    return answer.logits[:, :-1].float(), (*answer.hidden_states[1:], *routed)
-
-
-@contextmanager
-def _rounded_products() -> Iterator[None]:
-    """float32 matrices are multiplied in bfloat16, or TF32 on a card, and summed in float32, where that is faster."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _divergence(wanted: torch.Tensor, logits: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """The sum of KL divergences over all positions, and its slope by the logits, q - p: float32 [..., vocab]."""
-    rows = logits.shape[:-1].numel() if logits.is_cuda else max(1, CACHED // logits.shape[-1])
-    slope, total = torch.empty_like(logits), 0.0
-    for x, y, out in zip(*(t.flatten(0, -2).split(rows) for t in (wanted, logits, slope)), strict=True):
-        log_p, log_q = kld.log_softmax(x), kld.log_softmax(y)
-        p = log_p.exp()
-        torch.sub(log_q.exp(), p, out=out)
-        total += float(log_p.sub_(log_q).mul_(p).sum())
-    return total, slope
-
-
-def _apart(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    """The mean over positions of |x - original|^2 / |original|^2."""
-    size = original.square().sum(-1).clamp_min(torch.finfo(original.dtype).tiny)
-    return ((x - original).square().sum(-1) / size).mean()

@@ -9,6 +9,7 @@ import tiny_models
 import torch
 
 from dynq import codec, formats, schedule, tune
+from dynq import loss as loss_of_tuning
 from dynq.checkpoint import open_checkpoint
 from dynq.errors import DynqError
 from dynq.kernels import halves, scales
@@ -144,23 +145,9 @@ def test_the_bytes_hold_the_weights_that_are_measured(start, search):
         torch.testing.assert_close(b.parameter.detach(), parameter, rtol=1e-5, atol=1e-6, msg=b.name)
 
 
-@pytest.mark.parametrize("cached", [1, 700, 1 << 18])
-def test_divergence_row_by_row(cached, monkeypatch):
-    """However many rows are taken at once, it is torch's own divergence in float64 and its gradient."""
-    monkeypatch.setattr(tune, "CACHED", cached)
-    wanted, logits = 3 * torch.randn(2, 2, 5, 300, generator=torch.Generator().manual_seed(0))
-    exact = logits.double().requires_grad_()
-    p, q = torch.log_softmax(wanted.double(), -1), torch.log_softmax(exact, -1)
-    expected = (p.exp() * (p - q)).sum()
-    expected.backward()
-    found, slope = tune._divergence(wanted, logits)
-    assert found == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(slope.double(), exact.grad, rtol=1e-4, atol=1e-7)
-
-
 def test_rounded_answers_point_the_same_way(start, search, monkeypatch):
     """Steps of rough models: the gradient through activations in bfloat16 is that of float32 but for its noise."""
-    monkeypatch.setattr(tune, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(loss_of_tuning, "has_bfloat16", lambda: True)
     found = []
     for rough in (False, True):
         search.gradient(np.array([0]), rough)
@@ -209,10 +196,10 @@ def test_products_are_rounded_where_errors_are_large_beside_that(start, monkeypa
     def precision(rough):
         seen = []
         monkeypatch.setattr(tune, "ROUGH", rough)
-        real = tune._Search.gradient
+        real = loss_of_tuning.divergence
         with monkeypatch.context() as patch:
             see = lambda *a: seen.append(torch.get_float32_matmul_precision()) or real(*a)  # noqa: E731
-            patch.setattr(tune._Search, "gradient", see)
+            patch.setattr(loss_of_tuning, "divergence", see)
             tuned(start, passes=1)
         return set(seen)
 
