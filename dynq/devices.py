@@ -5,9 +5,7 @@ fraction, without a bias. All that is measured by small differences stays float3
 (TF32) that cards have for it: divergences of good files, swaps. Tuning's steps have them where errors are larger.
 """
 
-import copy
 import re
-from typing import Any
 
 import torch
 
@@ -49,18 +47,6 @@ def has_bfloat16(device: torch.device | str = CPU) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and bool(native)
-
-
-def rounded(model: Any) -> Any:
-    """A model that writes text: on a processor that has bfloat16 a copy in that, else the model itself.
-
-    A step of sampling takes half to two thirds of the time. Weights of most models are bfloat16 anyway; what the rest
-    changes of a probability is little beside what sampling is for.
-    """
-    if model.device.type != CPU or model.dtype != torch.float32 or not has_bfloat16():
-        return model
-    held = {p: p.to(torch.bfloat16) for p in model.parameters()}
-    return copy.deepcopy(model, {id(p): torch.nn.Parameter(value, requires_grad=False) for p, value in held.items()})
 
 
 def free(device: torch.device | str) -> int:

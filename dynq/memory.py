@@ -75,6 +75,11 @@ def for_weights(free: float) -> float:
     return _BESIDES * free
 
 
+def takes_copy(weights: int, free: float) -> bool:
+    """Whether a model's copy in bfloat16 goes beside it: conversations that it writes must fit as well."""
+    return 2 * 2 * weights <= free
+
+
 def _free() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -72,7 +72,6 @@ ENCODE = {  # for each weight, `plain` and `search`: 128 x 4096 weights with imp
 }
 MIXED = {"plain": 30e-9, "search": 80e-9, "feedback": 80e-9}  # the same of a recipe or mix whose formats are not known
 
-THREADS = 2  # batches of conversations that are sampled at once, `dynq.text`
 PROMPTS = 1.5  # tokens computed for one of a sampled text: prompts, what is cut off
 TRIED = 5  # shrinkages of feedback's seven
 BESIDES = 192 << 20  # bytes: llama.cpp, the kernels of many formats, what is freed and kept, in export and evaluation
@@ -267,22 +266,24 @@ def sampled(
 ) -> Need:
     """Text that the model writes.
 
-    at_once: conversations, by default two batches of `dynq.kv_cache.rows`; weight: bytes of one. Memory: the model, for
-    a text a copy in bfloat16, keys and values of all conversations, twice; a card has all of them at once, 2 G / n_ctx,
-    or `BATCHES` full ones. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches 3 + 2 G / (n_ctx
-    conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P / LOADED) + G x n_ctx / 2 x CACHED x keys
-    and values; 4 P operations a token: half of them for padding.
+    at_once: conversations, by default a batch of `dynq.kv_cache.rows` for each thread; weight: bytes of one. Memory:
+    the model, for a text a copy in bfloat16, keys and values of all conversations, twice; a card has all of them at
+    once, 2 G / n_ctx, or `BATCHES` full ones. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches
+    3 + 2 G / (n_ctx conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P / LOADED) + G x n_ctx / 2 x
+    CACHED x keys and values; 4 P operations a token: half of them for padding.
     """
     rows = kv_cache.rows(shape.kv * shape.layers, n_ctx)
-    copies = F32 if at_once else F32 + 2
-    made, at_once = PROMPTS * tokens, at_once or THREADS * rows
+    held, made = F32 * shape.n, PROMPTS * tokens
+    together = max(at_once, min(2 * made / n_ctx, kv_cache.BATCHES * rows))
+    if not at_once:
+        at_once = rows * min(machine.threads, kv_cache.BATCHES)
+        held += 2 * shape.n if memory.takes_copy(shape.n, machine.memory - held) else 0
     steps = (3 + 2 * made / (at_once * n_ctx)) * n_ctx / 2
     cache = F32 * shape.kv * shape.layers * n_ctx / 2
-    together = max(at_once, min(2 * made / n_ctx, kv_cache.BATCHES * rows))
     card = weight * (shape.n + together * 2 * shape.kv * shape.layers * n_ctx)
     return Need(
         step,
-        **machine.holds(copies * shape.n + 4 * at_once * cache, card, shape.on_its_way),
+        **machine.holds(held + 4 * at_once * cache, card, shape.on_its_way),
         read=shape.stored,
         flops=4 * shape.active * made,
         spent=steps * F32 * shape.active / LOADED + made * cache * CACHED,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dynq import memory, needs
 from dynq.allocate import candidates, parse_target, target_bytes
 from dynq.errors import DynqError
+from dynq.evaluate.greedy import BATCH
 from dynq.evaluate.tasks import ANSWER_TOKENS, COST_CHUNKS, COST_GROUPS, Asked
 from dynq.folder import RunFolder, file_safe
 from dynq.machine import F32, Machine
@@ -150,7 +151,7 @@ def of_evaluation(
     found.append(needs.evaluate(shape, "evaluate", sizes, mixes, chunks, n_ctx, machine, beside=False))
     if asked.greedy:
         answers = asked.greedy * ANSWER_TOKENS * (1 + len(sizes))
-        found.append(needs.sampled(shape, "greedy answers", answers, 2 * ANSWER_TOKENS, machine))
+        found.append(needs.sampled(shape, "greedy answers", answers, 2 * ANSWER_TOKENS, machine, at_once=BATCH))
     if asked.where:
         passes = [0.0] * COST_GROUPS * len(sizes)  # forward passes of one file, a layer restored for each
         found.append(needs.evaluate(shape, "where", passes, 0, min(COST_CHUNKS, chunks), n_ctx, machine, beside=False))
@@ -258,7 +259,8 @@ class _Run:
         made = needs.export(self.shape, step, size, level, passes, *text, self.machine, codes=own["tune_codes"])
         found = [made]
         if own["chat"] and known and not self.shape.streamed(self.machine.free):
-            found.append(needs.sampled(self.shape, step, 2 * 3 * own["n_tokens"], 2 * own["n_tokens"], self.machine))
+            n_tokens = own["n_tokens"]
+            found.append(needs.sampled(self.shape, step, 2 * 3 * n_tokens, 2 * n_tokens, self.machine, at_once=3))
         return found
 
     def _bytes(self, target: str) -> float:

@@ -212,7 +212,7 @@ def _sampled_chunks(
     import torch
 
     from dynq import kv_cache
-    from dynq.devices import rounded
+    from dynq.torch_model import rounded
 
     writer, at_once = rounded(model), kv_cache.BATCHES * _rows(model, n_ctx)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 
-from dynq import devices, kv_cache
+from dynq import kv_cache, torch_model
 from dynq.checkpoint import open_checkpoint
 from dynq.text import answer_batch
 from dynq.torch_model import load_model
@@ -15,13 +15,22 @@ from dynq.torch_model import load_model
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch_model, "has_bfloat16", lambda: True)
 
 
 def test_a_processor_that_imitates_bfloat16_takes_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(torch_model, "has_bfloat16", lambda: False)
     model = load_model(open_checkpoint(tiny_models.make("llama", tmp_path / "model")))
-    assert devices.rounded(model) is model
+    assert torch_model.rounded(model) is model
+
+
+@pytest.mark.usefixtures("native")
+def test_a_copy_that_does_not_fit_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(open_checkpoint(tiny_models.make("llama", tmp_path / "model")))
+    room = 2 * 2 * sum(p.numel() for p in model.parameters())
+    for free, copied in ((room, True), (room - 1, False)):
+        monkeypatch.setattr(torch_model.memory, "available", lambda free=free: free)
+        assert (torch_model.rounded(model) is not model) == copied
 
 
 @pytest.mark.usefixtures("native")
@@ -30,7 +39,7 @@ def test_a_copy_says_nearly_the_same(name: str, tmp_path: Path) -> None:
     """In every architecture: all of it is bfloat16, the original stays, and it answers."""
     model = load_model(open_checkpoint(tiny_models.make(name, tmp_path / "model")))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    copy = devices.rounded(model)
+    copy = torch_model.rounded(model)
     assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
     assert len(list(copy.parameters())) == len(list(model.parameters()))  # tied ones are one
     ids = torch.arange(5, 45).view(2, 20)

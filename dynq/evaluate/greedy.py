@@ -16,6 +16,8 @@ from dynq.evaluate.mmlu import wilson
 from dynq.progress import progress
 from dynq.text import Messages, answer_batch, encode_prompt, end_of_turn, prompts
 
+BATCH = 16  # prompts that are answered together
+
 
 def encode_prompts(
     tokenizer: Any, n: int | None = None, *, n_ctx: int, n_tokens: int = 32, conversations: Sequence[Messages] = ()
@@ -45,7 +47,7 @@ def answer(
     stop: set[int],
     *,
     n_tokens: int = 32,
-    batch: int = 16,
+    batch: int = BATCH,
     desc: str = "greedy answers",
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt: at most `n_tokens`, fewer where it ends its turn.
