@@ -133,7 +133,7 @@ def run(tmp_path_factory):
     """Checkpoint, model, tokens, a calibrated folder and its table."""
     checkpoint = open_checkpoint("dynq-tiny")
     model = load_model(checkpoint)
-    text = load_text("sampled", load_tokenizer(checkpoint), n_ctx=64, n_chunks=18, seed=3, model=model)
+    text = load_text("sampled", load_tokenizer(checkpoint), n_ctx=64, n_chunks=18, seed=4, model=model)
     folder = tmp_path_factory.mktemp("run")
     importance = calibrate(checkpoint, model, text.tokens, folder, keep=512, source="test")
     table = sensitivity(checkpoint, folder, importance, FORMATS, threads=1)
