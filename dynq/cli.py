@@ -47,6 +47,8 @@ Examples:
 
   dynq run Qwen/Qwen3-0.6B --target 3bpw --search 10min -p n_chunks=256 --out runs/searched
 
+  dynq run Qwen/Qwen3-0.6B --target 3bpw --thorough --device cuda --out runs/best
+
   dynq run s3://bucket/my-model --target 4bpw --out runs/copied   # copied once to ~/.cache/dynq, or $DYNQ_CACHE
 
 The same command again goes on where a run was cut off; a step whose inputs have not changed is skipped.
@@ -109,6 +111,9 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: less text, no error feedback, no tuning. -p still counts.")
     ] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="The best file: four times the text, read twice. Best on a card.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Take a folder made with other parameters; make anew what they change.")
     ] = False,
@@ -145,7 +150,10 @@ def run(
     if folder.path.exists() and not folder.path.is_dir():
         raise DynqError(f"{out}: a file, not a folder; choose another --out")
     texts = dict(_split(item) for item in parameter or [])
-    values = (runner.QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
+    if quick and thorough:
+        raise DynqError("--quick and --thorough: a first look or the best file; choose one")
+    preset = runner.QUICK if quick else runner.THOROUGH if thorough else {}
+    values = preset | {name: value for name, value in given.items() if value is not None}
     tasks = runner.plan(_model(model), target, folder, values, texts)
     from dynq import reckon  # imports torch
 

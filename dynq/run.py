@@ -22,6 +22,7 @@ from dynq.errors import DynqError
 from dynq.folder import LOCKED, RunFolder, file_safe
 from dynq.imatrix import read_imatrix
 from dynq.progress import LineStream
+from dynq.schedule import PASSES
 
 if TYPE_CHECKING:
     from dynq.checkpoint import Checkpoint
@@ -31,10 +32,12 @@ PER_TARGET = ("05_allocate", "06_export")
 QUICK: dict[str, Any] = {"n_ctx": 256, "n_chunks": 16, "n_swaps": 0, "encoding": "search", "tune": 0, "chat": []}
 QUICK |= {"eval_n_ctx": 256, "read": False}
 """Parameters of a first look; what they cost in quality and spare in time: LOG, "Quality"."""
+THOROUGH: dict[str, Any] = {"n_chunks": 2560, "tune": -2}
+"""Parameters that make the best file, for a graphics card: four times the text, read twice (LOG, "Quality")."""
 _FULL = "{}: the disk is full; make room and run the same command again"
 _QUIET = ("--HistoryManager.enabled=False", "--log-level=CRITICAL")
 _LEAST = {"seed": 0, "threads": 0, "keep": 1, "n_ctx": 2, "n_chunks": 1, "n_measured": 1, "top_up": 0}
-_LEAST |= {"n_swaps": 0, "swap_chunks": 1, "n_tokens": 1, "tune": -1, "eval_n_ctx": 8, "eval_chunks": 1}
+_LEAST |= {"n_swaps": 0, "swap_chunks": 1, "n_tokens": 1, "tune": -PASSES, "eval_n_ctx": 8, "eval_chunks": 1}
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 _TYPES |= {"list[str]": (list,), "dict[str, str]": (dict,)}
 

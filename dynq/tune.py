@@ -135,7 +135,7 @@ def tuned(
     tokens int32 [n_chunks, n_ctx], domains: of each chunk; `kept_aside` of them, `JUDGES` of a domain at most, judge,
     and without any nothing is tuned. (Feedback has chosen by them and then fitted them too; tuning has not.)
     codes: whether codes move too, where `moves` says so; aims: see `tune`.
-    passes: -1 for as many as the text is long for (`schedule.passes_over`).
+    passes: -1 for as many as the text is long for, -2 for twice as many (`schedule.passes_over`).
     report: a JSON file that gets kld (before, after), steps, tuned, codes and history, see `Tuned`, or reason.
     """
     if reader(teacher):
@@ -147,7 +147,7 @@ def tuned(
     told: dict[str, Any]
     if aside.any() and not aside.all():
         fit, judges, rate = tokens[~aside], tokens[aside], CODES if moves(checkpoint, teacher, codes) else 0.0
-        passes = passes_over(len(fit), passes)
+        passes = passes_over(len(tokens), passes)
         found = tune(checkpoint, teacher, tensors, fit, judges, passes=passes, codes=rate, aims=aims)
         tensors = found.tensors
         told = {

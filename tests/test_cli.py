@@ -33,6 +33,8 @@ def test_help_has_examples():
         "--search",
         "--seed",
         "--threads",
+        "--quick",
+        "--thorough",
         "--force",
         "--yes",
         "--json",
@@ -40,7 +42,7 @@ def test_help_has_examples():
         assert option in done.stdout
 
 
-def test_quick_is_less_of_everything_but_what_is_asked_for(tmp_path, monkeypatch):
+def test_presets_change_what_they_say_and_give_way_to_what_is_asked_for(tmp_path, monkeypatch):
     seen = []
 
     def execute(tasks, folder, **settings):
@@ -48,12 +50,16 @@ def test_quick_is_less_of_everything_but_what_is_asked_for(tmp_path, monkeypatch
         raise DynqError("enough")
 
     monkeypatch.setattr(runner, "execute", execute)
-    for more in ((), ("--quick", "-p", "n_chunks=5")):
-        command = ["run", "dynq-tiny", "--target", "3bpw", "--yes", "--out", str(tmp_path / "run"), *more]
-        assert isinstance(CliRunner().invoke(app, command).exception, DynqError)
-    whole, quick = seen
-    assert {name for name in whole if whole[name] != quick[name]} == set(runner.QUICK)
-    assert quick | runner.QUICK | {"n_chunks": 5} == quick and whole["encoding"] == "feedback"
+    command = ["run", "dynq-tiny", "--target", "3bpw", "--yes", "--out", str(tmp_path / "run")]
+    for more in ((), ("--quick", "-p", "n_chunks=5"), ("--thorough", "-p", "tune=3")):
+        assert isinstance(CliRunner().invoke(app, [*command, *more]).exception, DynqError)
+    whole, *presets = seen
+    for preset, made, own in zip((runner.QUICK, runner.THOROUGH), presets, ({"n_chunks": 5}, {"tune": 3}), strict=True):
+        assert {name for name in whole if whole[name] != made[name]} == set(preset)
+        assert made | preset | own == made
+    assert whole["encoding"] == "feedback" and runner.THOROUGH["n_chunks"] > whole["n_chunks"]
+    both = CliRunner().invoke(app, [*command, "--quick", "--thorough"]).exception
+    assert isinstance(both, DynqError) and str(both).startswith("--quick and --thorough: ") and len(seen) == 3
 
 
 def test_formats():

@@ -341,6 +341,7 @@ def test_a_short_text_is_read_again(chunks, passes):
     """As often as 160 steps of four chunks take, four times at most; or as asked."""
     assert schedule.passes_over(chunks, -1) == passes
     assert schedule.passes_over(chunks, 0) == 0 and schedule.passes_over(chunks, 3) == 3
+    assert schedule.passes_over(chunks, -2) == min(2 * passes, 4)
 
 
 def test_a_long_text_says_more_by_its_kld():
