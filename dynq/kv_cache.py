@@ -6,6 +6,7 @@ then.
 """
 
 from collections.abc import Mapping
+from math import log2
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ SHARE = 4  # one for each so many
 ROWS = 32, 128  # conversations that are sampled together, at least and at most: more of them share what a step costs
 BATCHES = 8  # of them at once, a thread for each
 BYTES = 1 << 30  # of their keys and values, in float32; beyond the least as many as that takes
+CARD = 8  # share of a card's memory for one batch of all of them: it waits for the calls of each step, not for products
+MOST = 4096  # of them on a card
 
 
 def width(config: Mapping[str, Any]) -> int:
@@ -30,6 +33,16 @@ def rows(values: int, tokens: int) -> int:
     What is sampled depends on it, so it depends on the model alone.
     """
     return max(ROWS[0], min(ROWS[1], BYTES // max(4 * tokens * values, 1)))
+
+
+def at_once(values: int, tokens: int, vocab: int, card: float = 0) -> int:
+    """How many such conversations are begun together: `BATCHES` batches, or on a card more, where its memory is large.
+
+    card: its free bytes, of which the power of two below counts: what is sampled shall not depend on a few of them.
+    A conversation takes keys and values in bfloat16, and three rows of the vocabulary in float32 for a token.
+    """
+    share = 2 ** int(log2(card / CARD)) if card > CARD else 0
+    return max(BATCHES * rows(values, tokens), min(MOST, share // (2 * tokens * values + 12 * vocab)))
 
 
 def with_room(cache: Any) -> Any:

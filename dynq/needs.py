@@ -268,13 +268,14 @@ def sampled(
 
     at_once: conversations, by default a batch of `dynq.kv_cache.rows` for each thread; weight: bytes of one. Memory:
     the model, for a text a copy in bfloat16, keys and values of all conversations, twice; a card has all of them at
-    once, 2 G / n_ctx, or `BATCHES` full ones. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches
+    once, 2 G / n_ctx, or `kv_cache.at_once`. G = 1.5 T tokens are computed. Steps: n_ctx / 2 for each batch, batches
     3 + 2 G / (n_ctx conversations). Seconds: steps x (CALLED x layers, on one thread, + 4 P / LOADED) + G x n_ctx / 2 x
     CACHED x keys and values; 4 P operations a token: half of them for padding.
     """
     rows = kv_cache.rows(shape.kv * shape.layers, n_ctx)
     held, made = F32 * shape.n, PROMPTS * tokens
-    together = max(at_once, min(2 * made / n_ctx, kv_cache.BATCHES * rows))
+    full = kv_cache.at_once(shape.kv * shape.layers, n_ctx, shape.vocab, machine.card or 0)
+    together = max(at_once, min(2 * made / n_ctx, full))
     if not at_once:
         at_once = rows * min(machine.threads, kv_cache.BATCHES)
         held += 2 * shape.n if memory.takes_copy(shape.n, machine.memory - held) else 0

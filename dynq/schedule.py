@@ -18,7 +18,7 @@ SCARCE = 160 * 512  # tokens, up to which that holds; more of them say more by t
 
 
 def passes_over(chunks: int, asked: int) -> int:
-    """How often a text of so many chunks is read: as asked, of -1 as often as `STEPS` of `BATCH` take, -2 twice that."""
+    """How often a text of so many chunks is read: as asked, -1 as often as `STEPS` of `BATCH` take, -2 twice that."""
     if asked >= 0:
         return asked
     return min(PASSES, -asked * max(1, round(STEPS * BATCH / max(chunks, 1))))

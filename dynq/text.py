@@ -176,12 +176,16 @@ def sample_chats(
     """
     import torch
 
+    from dynq import kv_cache
+
     stop, tail = end_of_turn(model, tokenizer)
     encoded = [prompt[: max_tokens // 2] for prompt in encoded]
     # neighbours of equal length share a batch: less padding
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     # an even number, of one size: two threads end together; a card takes all at once
-    parts = 2 * -(-len(order) // (2 * _rows(model, max_tokens))) if model.device.type == "cpu" else 1
+    parts = 1
+    if model.device.type == "cpu":
+        parts = 2 * -(-len(order) // (2 * kv_cache.rows(_values(model), max_tokens)))
     batches = [part.tolist() for part in np.array_split(order, parts) if len(part)]
     seeds = torch.randint(1 << 62, (len(batches),), generator=generator).tolist()
     chats: list[list[int]] = [[] for _ in encoded]
@@ -197,12 +201,12 @@ def sample_chats(
     return chats
 
 
-def _rows(model: Any, n_ctx: int) -> int:
-    """Conversations of a batch."""
+def _values(model: Any) -> int:
+    """Keys and values of a token, numbers."""
     from dynq import kv_cache  # imports torch
 
     config = model.config.get_text_config()
-    return kv_cache.rows(config.num_hidden_layers * kv_cache.width(config.to_dict()), n_ctx)
+    return int(config.num_hidden_layers * kv_cache.width(config.to_dict()))
 
 
 def _sampled_chunks(
@@ -212,9 +216,12 @@ def _sampled_chunks(
     import torch
 
     from dynq import kv_cache
+    from dynq.devices import free
     from dynq.torch_model import rounded
 
-    writer, at_once = rounded(model), kv_cache.BATCHES * _rows(model, n_ctx)
+    writer = rounded(model)
+    vocab, card = model.config.get_text_config().vocab_size, free(model.device) if model.device.type == "cuda" else 0
+    at_once = kv_cache.at_once(_values(model), n_ctx, vocab, card)
     generator = torch.Generator().manual_seed(seed)
     entries = _entries(split)
     prompts = [encode_prompt(tokenizer, entry["messages"])[: n_ctx // 2] for entry in entries]
@@ -301,18 +308,19 @@ def answer_batch(
     for row, prompt in enumerate(encoded):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    device = model.device
+    ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     rows = list(range(len(encoded)))  # which prompt each row of the batch belongs to
     answers: list[list[int]] = [[] for _ in encoded]
     open_rows = set(rows)
     cache, first = None, True
-    device = model.device
     last = torch.tensor([-1], device=device)
     with torch.inference_mode():
         while True:
-            inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "past_key_values": cache}
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
             if "position_ids" in accepted:
-                inputs["position_ids"] = positions.to(device)
+                inputs["position_ids"] = positions
             if "logits_to_keep" in accepted:
                 # an index, for the slice that a number gives is no matrix in memory, and copies the head for each row
                 inputs["logits_to_keep"] = last
@@ -320,12 +328,12 @@ def answer_batch(
             cache = kv_cache.with_room(output.past_key_values) if first else output.past_key_values
             logits = output.logits[:, -1].float()
             if generator is None:
-                ids = logits.argmax(-1, keepdim=True).cpu()
+                ids = logits.argmax(-1, keepdim=True)
             else:
                 # inverse of the distribution function: five times as fast as torch.multinomial
                 sums = logits.softmax(-1).cumsum(-1)
                 drawn = torch.rand(len(rows), 1, generator=generator).to(sums.device) * sums[:, -1:]
-                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1).cpu()
+                ids = torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1)
             if bar is not None:
                 bar.update(max(0, min(bar.total - bar.n, len(open_rows) + (sum(map(len, encoded)) if first else 0))))
             first = False
@@ -337,6 +345,7 @@ def answer_batch(
             if not open_rows:
                 return answers
             if 2 * len(open_rows) <= len(rows) and kv_cache.rows_can_leave(cache):
+                # on the processor: of a model on several cards each layer's keys lie on another
                 keep = torch.tensor([at for at, row in enumerate(rows) if row in open_rows])
                 rows = [rows[at] for at in keep.tolist()]
                 ids, mask, positions = ids[keep], mask[keep], positions[keep]

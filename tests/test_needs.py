@@ -194,11 +194,13 @@ def test_sampling_on_a_card_by_hand() -> None:
 
 
 def test_text_by_hand() -> None:
-    """128 conversations for each of four threads, and a copy in bfloat16 where it fits; a card has 1,024 at most."""
+    """128 conversations for each of four threads, and a copy in bfloat16 where it fits; a card has 4,096 at most."""
     kept = 4 * 4 * 128 * 4 * 64 * 2 * 10
     assert needs.sampled(shape(), "text", 60, 20, LARGE).memory == (4 + 2) * N + kept
     assert needs.sampled(shape(), "text", 60, 20, replace(LARGE, memory=7.9 * N)).memory == 4 * N + kept
-    long = needs.sampled(shape(), "text", 20 * 1000, 20, CARD, weight=2)
+    long = needs.sampled(shape(), "text", 20 * 4000, 20, CARD, weight=2)
+    assert long.card == 2 * (N + 4096 * 2 * 64 * 2 * 20)
+    long = needs.sampled(shape(), "text", 20 * 4000, 20, with_card(1e6), weight=2)
     assert long.card == 2 * (N + 8 * 128 * 2 * 64 * 2 * 20)
 
 

@@ -60,6 +60,18 @@ def test_conversations_that_are_written_together() -> None:
     assert kv_cache.rows(32 * 2048, 512) == 32
 
 
+def test_conversations_that_a_card_begins_together() -> None:
+    """At least eight batches as on a processor; more where an eighth of its memory holds them, 4,096 at most."""
+    small, large, vocab = 12 * 256, 32 * 2048, 1000
+    assert kv_cache.at_once(small, 512, vocab) == kv_cache.at_once(small, 512, vocab, 20e9) == 8 * 128
+    each = 2 * 512 * small + 12 * vocab
+    for card in (64.1, 100, 127.9):  # a few bytes more or less make no other text
+        assert kv_cache.at_once(small, 512, vocab, card * 2**30) == 8 * 2**30 // each == 2720
+    assert kv_cache.at_once(small, 512, vocab, 140e9) == 4096
+    assert kv_cache.at_once(large, 512, vocab, 128 * 2**30) == 8 * 32
+    assert kv_cache.at_once(large, 64, vocab, 0.0) == 8 * kv_cache.rows(large, 64)
+
+
 def test_the_head_is_not_copied_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last positions of a batch are a matrix in memory, for which torch takes one product."""
     model = load_model(open_checkpoint(tiny_models.make("llama", tmp_path / "model")))
