@@ -1,6 +1,5 @@
 """The ``dynq`` command. Heavy modules are imported by what needs them, so that ``--help`` is quick."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import dynq
+from dynq.cli_recipe import YES, json_text, recipe_app
 from dynq.errors import DynqError
 
 app = typer.Typer(
@@ -20,12 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-recipe_app = typer.Typer(
-    help="Show, compare and apply recipes: formats of the tensors of any GGUF.", no_args_is_help=True
-)
 app.add_typer(recipe_app, name="recipe")
-
-YES = "Go on where memory or disk are reckoned not to suffice."
 
 Scheduler = Annotated[
     str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
@@ -167,7 +162,7 @@ def run(
         print(f"dynq: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
-        print(json.dumps({"run": str(folder.path), **evaluation}, indent=1, ensure_ascii=False))
+        print(json_text({"run": str(folder.path), **evaluation}))
     else:
         print(runner.summary(evaluation, folder))
 
@@ -217,7 +212,7 @@ def sweep(
         result = sweeping.run_sweep(asked, folder)
     folder.write_json("sweep.json", result)
     write_sweep_report(folder, result)
-    print(_json(result) if as_json else sweeping.summary(result, folder))
+    print(json_text(result) if as_json else sweeping.summary(result, folder))
     if result["failed"]:
         print(f"dynq: {len(result['failed'])} of the sweep's files failed", file=sys.stderr)
         raise typer.Exit(1 if any(failed["kind"] == "defect" for failed in result["failed"]) else 2)
@@ -245,7 +240,7 @@ def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = 
         for f in FORMATS.values()
     ]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json_text(rows))
         return
     print(f"{'format':<8}{'bpw':>8}{'block':>7}{'bytes':>7}  {'importance':<12}{'fallback':<10}fast in llama.cpp on")
     for f in FORMATS.values():
@@ -381,90 +376,9 @@ def evaluate(
             )
     folder.write_json("evaluation.json", evaluation)
     write_files_report(folder, evaluation)
-    print(_json(evaluation) if as_json else measure.summary(evaluation, folder))
+    print(json_text(evaluation) if as_json else measure.summary(evaluation, folder))
     if not any(entry["kind"] == "file" for entry in evaluation["files"]):
         raise typer.Exit(2)
-
-
-@recipe_app.command()
-def show(
-    file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight.
-
-    What --json prints is a recipe file as well: keep it, edit it, apply it.
-    """
-    from dynq import describe
-
-    described = describe.read(file)
-    print(_json(describe.as_json(described)) if as_json else describe.show_text(described))
-
-
-@recipe_app.command()
-def diff(
-    a: Annotated[Path, typer.Argument(help="A recipe file or any GGUF.")],
-    b: Annotated[Path, typer.Argument(help="Another.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Print the tensors whose formats differ between two recipes, with their bytes."""
-    from dynq import describe
-
-    first, second = describe.read(a), describe.read(b)
-    print(_json(describe.difference(first, second)) if as_json else describe.difference_text(first, second))
-
-
-@recipe_app.command()
-def apply(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
-    model: Annotated[str, typer.Argument(help="The original: what `dynq run` takes as MODEL.")],
-    out: Annotated[Path, typer.Option(help="The GGUF to write.")],
-    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, dynq's or llama.cpp's.")] = None,
-    level: Annotated[str, typer.Option(help="How hard the encoders search: plain or search.")] = "plain",
-    max_shard_size: Annotated[
-        str, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
-    ] = "",
-    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
-    allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
-    from dynq import describe, export, reckon
-    from dynq.allocate import parse_bytes
-    from dynq.checkpoint import open_checkpoint
-    from dynq.codec import check_level
-    from dynq.imatrix import read_imatrix
-
-    check_level(level)
-    described = describe.read(recipe)
-    importance = read_imatrix(imatrix) if imatrix else None
-    checkpoint = open_checkpoint(model, allow_requantize)
-    reckon.of_applied(checkpoint, described.recipe, out, level=level, threads=threads).tell(sys.stderr, yes=yes)
-    made = export.apply(
-        described,
-        checkpoint,
-        importance,
-        out,
-        imatrix_file=imatrix.name if imatrix else "",
-        level=level,
-        threads=threads,
-        shard_bytes=parse_bytes(max_shard_size),
-    )
-    if as_json:
-        print(_json({"file": str(out.with_name(made["files"][0])), **made}))
-        return
-    split = f" in {len(made['files'])} files" if len(made["files"]) > 1 else ""
-    where = out.with_name(made["files"][0])
-    print(f"{where}: {made['bytes']:,} bytes{split}, {made['bpw']:.3f} bpw, read back and verified")
-    if other := made["other_shapes"]:
-        print(
-            f"{len(other)} tensors ({other[0]}, ...) have another shape than in {recipe.name}: other bytes than its own"
-        )
-    for name, (wanted, written) in made["fallbacks"].items():
-        print(f"{name}: its rows do not divide into {wanted}'s blocks, {written} is written")
 
 
 @contextmanager
@@ -481,10 +395,6 @@ def _check_one(scheduler: str | None, workers: int | None, device: str | None) -
         raise DynqError("--scheduler joins a running cluster, --workers starts one: give one of them")
     if (scheduler or workers) and device not in (None, "cpu"):
         raise DynqError(f"--device {device}: the workers of a cluster compute on processors; leave out one of the two")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def _model(text: str) -> str:
