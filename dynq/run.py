@@ -383,7 +383,9 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
             lines.append(f"  KLD          {evaluation['text']['description']} (estimated {own['predicted_kld']:.4f})")
             continue
         kld, error = own["statistics"]["Mean KLD"], own["statistics"]["Mean KLD ±"]
-        lines.append(f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f})")
+        tuning = folder.read_json(f"{file_safe(target['target'])}.export.json")["tuning"] or {}
+        before = ", before tuning" if "kld" in tuning else ""
+        lines.append(f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f}{before})")
         labels = [target.get(key) for key in ("below", "above", "like", "uniform")]
         rivals = [by_label[label] for label in dict.fromkeys(labels) if label]
         where = "at the same bytes" if target["inside"] else "(none is of that size: the nearest)"

@@ -41,6 +41,8 @@ def test_run_says_what_it_made(quick_run):
     own = next(e for e in evaluation["files"] if e["label"] == target["label"])
     assert f"{own['bpw']:.3f} bpw" in done.stdout and 3.49 < own["bpw"] <= 3.5
     assert f"{own['statistics']['Mean KLD']:.4f} ± " in done.stdout
+    tuned = "kld" in json.loads((folder / "3.5bpw.export.json").read_text())["tuning"]
+    assert f"(predicted {own['predicted_kld']:.4f}{', before tuning' if tuned else ''})" in done.stdout
     assert f"{target['kld_ratio']:.2f} of llama.cpp's mixes" in done.stdout
     assert target["below"] in done.stdout and target["above"] in done.stdout
     assert target["generated"]["text"] and "llama.cpp" in done.stdout
