@@ -1,7 +1,7 @@
 """gguf's reader, made fast on vocabularies and safe from strangers' files.
 
 `gguf.GGUFReader` makes several NumPy arrays for every element of an array: 13 s and 0.5 GB for the header of a file
-with 150,000 tokens and as many merges. Here an array of numbers is one view, and a string is one slice.
+with 150,000 tokens and as many merges. Here an array of numbers is one view, and strings are decoded as they are found.
 It believes what a file says of itself, so `dynq.gguf_header` looks at that first.
 """
 
@@ -16,6 +16,19 @@ from dynq import gguf_header
 from dynq.files import no_collection, taking_apart
 
 _length = struct.Struct("<Q").unpack_from
+
+
+class _Texts(list[str]):
+    """The strings of an array; nbytes: what they and their lengths take in the file."""
+
+    nbytes = 0
+
+
+class _TextsField(gguf.gguf_reader.ReaderField):
+    """A field whose last part are `_Texts`."""
+
+    def contents(self, index_or_slice: int | slice = slice(None)) -> Any:
+        return self.parts[-1][index_or_slice]
 
 
 class Reader(gguf.GGUFReader):
@@ -38,20 +51,27 @@ class Reader(gguf.GGUFReader):
             return super()._get_field_parts(orig_offs, raw_type)
         parts: list[Any] = [item, count]
         if kind == gguf.GGUFValueType.STRING:
-            view = self.data.data
+            view, texts, start = self.data.data, _Texts(), at
             for _ in range(n):
                 at += 8
                 end = at + _length(view, at - 8)[0]
                 if end > len(view):
                     raise ValueError("a string runs past the end of the file")
-                parts.append(view[at:end])
+                texts.append(str(view[at:end], "utf-8"))
                 at = end
+            texts.nbytes = at - start
+            parts.append(texts)
         else:
             parts.append(self._get(at, self.gguf_scalar_to_np[kind], n))
             if len(parts[-1]) != n:
                 raise ValueError("an array runs past the end of the file")
             at += parts[-1].nbytes
         return at - orig_offs, parts, list(range(2, len(parts))), [gguf.GGUFValueType.ARRAY, kind]
+
+    def _push_field(self, field: gguf.gguf_reader.ReaderField, skip_sum: bool = False) -> int:
+        if field.parts and isinstance(field.parts[-1], _Texts):
+            field = _TextsField(*field)
+        return super()._push_field(field, skip_sum)
 
     def packed(self) -> dict[str, bytes]:
         """Each key of the metadata with its name, type and value as the file has them; none of a big-endian file."""
@@ -61,7 +81,5 @@ class Reader(gguf.GGUFReader):
         for field in self.fields.values():
             if not field.name.startswith("GGUF."):
                 size = sum(part.nbytes for part in field.parts)
-                if field.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]:
-                    size += 8 * len(field.data)  # the lengths, which are no parts here
                 found[field.name] = self.data[field.offset : field.offset + size].tobytes()
         return found
