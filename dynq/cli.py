@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 import dynq
-from dynq.cli_recipe import YES, json_text, recipe_app
+from dynq.cli_options import AsJson, Requantize, ResultsAsJson, Scheduler, Threads, Workers, Yes, json_text
+from dynq.cli_recipe import recipe_app
 from dynq.errors import DynqError
 
 app = typer.Typer(
@@ -21,13 +22,6 @@ app = typer.Typer(
 )
 
 app.add_typer(recipe_app, name="recipe")
-
-Scheduler = Annotated[
-    str | None, typer.Option(help="A running Dask cluster, tcp://HOST:PORT, whose workers share the work.")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="So many processes here share the work, by Dask. Default: none, threads.")
-]
 
 EXAMPLES = """
 Examples:
@@ -97,7 +91,7 @@ def run(
         str | None,
         typer.Option(help="Where the model is computed: cpu, cuda, cuda:1, or auto: one card or all. Default: cpu."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    threads: Threads = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
     parameter: Annotated[
@@ -112,11 +106,9 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Take a folder made with other parameters; make anew what they change.")
     ] = False,
-    allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+    allow_requantize: Requantize = False,
+    yes: Yes = False,
+    as_json: ResultsAsJson = False,
 ) -> None:
     """Make a GGUF of each target size, and prove it: calibrate, measure, allocate, export, evaluate."""
     from dynq import run as runner
@@ -189,8 +181,8 @@ def sweep(
     force: Annotated[
         bool, typer.Option("--force", help="Take folders made with other parameters; make anew what they change.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+    yes: Yes = False,
+    as_json: ResultsAsJson = False,
 ) -> None:
     """Make GGUFs of many models, targets and seeds, as `dynq run` does, with one summary of all."""
     from dynq import sweep as sweeping
@@ -219,7 +211,7 @@ def sweep(
 
 
 @app.command()
-def formats(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+def formats(as_json: AsJson = False) -> None:
     """List the formats that dynq encodes.
 
     The fallback is what llama.cpp takes for rows that do not divide into blocks. Everywhere: llama.cpp's CPU, CUDA,
@@ -304,14 +296,14 @@ def evaluate(
     device: Annotated[
         str, typer.Option(help="Where the models are computed: cpu, cuda, cuda:1, or auto: one card or all.")
     ] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
+    threads: Threads = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Take an original that is already quantized.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")] = False,
+    yes: Yes = False,
+    as_json: ResultsAsJson = False,
 ) -> None:
     """Measure GGUF files, whoever made them, against their original as llama-perplexity does: KL divergence first."""
     from dynq.folder import RunFolder

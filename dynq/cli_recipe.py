@@ -1,28 +1,22 @@
-"""`dynq recipe`: anybody's recipe shown, compared, applied; and what its commands share with the others."""
+"""`dynq recipe`: anybody's recipe shown, compared, applied."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from dynq.cli_options import AsJson, Requantize, Threads, Yes, json_text
 
 recipe_app = typer.Typer(
     help="Show, compare and apply recipes: formats of the tensors of any GGUF.", no_args_is_help=True
 )
 
-YES = "Go on where memory or disk are reckoned not to suffice."
-
-
-def json_text(value: Any) -> str:
-    """JSON as the commands print it."""
-    return json.dumps(value, indent=1, ensure_ascii=False)
-
 
 @recipe_app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A recipe file, or any GGUF: its header is read.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the formats of a recipe by kind of tensor and layer, with bytes and bits per weight.
 
@@ -38,7 +32,7 @@ def show(
 def diff(
     a: Annotated[Path, typer.Argument(help="A recipe file or any GGUF.")],
     b: Annotated[Path, typer.Argument(help="Another.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print the tensors whose formats differ between two recipes, with their bytes."""
     from dynq import describe
@@ -57,12 +51,10 @@ def apply(
     max_shard_size: Annotated[
         str, typer.Option(help="Split a larger file into shards of at most 5GB, 500MB, ... Default: one file.")
     ] = "",
-    threads: Annotated[int | None, typer.Option(help="Default: as many as there are cores.")] = None,
-    allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Take a GGUF that is already quantized.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help=YES)] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    threads: Threads = None,
+    allow_requantize: Requantize = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Encode a model by somebody's recipe: a published recipe file, or the formats of a published GGUF."""
     from dynq import describe, export, reckon

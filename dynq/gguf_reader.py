@@ -66,10 +66,10 @@ class Reader(gguf.GGUFReader):
             if len(parts[-1]) != n:
                 raise ValueError("an array runs past the end of the file")
             at += parts[-1].nbytes
-        return at - orig_offs, parts, list(range(2, len(parts))), [gguf.GGUFValueType.ARRAY, kind]
+        return at - orig_offs, parts, [2], [gguf.GGUFValueType.ARRAY, kind]
 
     def _push_field(self, field: gguf.gguf_reader.ReaderField, skip_sum: bool = False) -> int:
-        if field.parts and isinstance(field.parts[-1], _Texts):
+        if isinstance(field.parts[-1], _Texts):
             field = _TextsField(*field)
         return super()._push_field(field, skip_sum)
 

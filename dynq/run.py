@@ -383,7 +383,7 @@ def summary(evaluation: Mapping[str, Any], folder: RunFolder) -> str:
             lines.append(f"  KLD          {evaluation['text']['description']} (estimated {own['predicted_kld']:.4f})")
             continue
         kld, error = own["statistics"]["Mean KLD"], own["statistics"]["Mean KLD ±"]
-        tuning = folder.read_json(f"{file_safe(target['target'])}.export.json")["tuning"] or {}
+        tuning = folder.read_json(f"{file_safe(target['target'])}.export.json")["tuning"]
         before = ", before tuning" if "kld" in tuning else ""
         lines.append(f"  KLD          {kld:.4f} ± {error:.4f} nats (predicted {own['predicted_kld']:.4f}{before})")
         labels = [target.get(key) for key in ("below", "above", "like", "uniform")]
